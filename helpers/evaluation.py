@@ -1,0 +1,378 @@
+"""The metrics: how generated answers are judged, per row, and summed up with an interval.
+
+SQL is judged by exact match after normalisation (sqlglot) and by execution on databases built to tell two queries
+apart; text by chrF (sacrebleu) and ROUGE-L. Every number that is reported comes with a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sqlite3
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from helpers.tasks import Task
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_size: int = 32, stop: str | None = None,
+             progress=None, **settings) -> list[str]:
+    """Generate one completion per prompt, greedily unless `settings` (of transformers' generate) say otherwise.
+
+    Prompts are sorted by length and padded on the left, so that batches waste little. `stop`: a row ends once it has
+    written this text after something else. progress: called with the number of prompts done.
+    Returns the completions in the order of the prompts, without special tokens.
+    """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts: list[str] = [""] * len(prompts)
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **settings}
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start:start + batch_size]
+            batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
+            batch = batch.to(model.device)
+            width = batch["input_ids"].shape[1]
+            if stop:
+                options["stopping_criteria"] = StoppingCriteriaList([_stop_at(tokenizer, stop, width)])
+            with torch.inference_mode():
+                output = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+            for i, text in zip(chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
+                texts[i] = text
+            if progress:
+                progress(min(start + batch_size, len(order)))
+    finally:
+        tokenizer.padding_side = side
+        model.train(was_training)
+    return texts
+
+
+def _stop_at(tokenizer, stop: str, width: int):
+    """A stopping criterion per row: the newest token holds `stop` and something else was written before."""
+    import torch
+    from transformers import StoppingCriteria
+
+    holds = _tokens_holding(tokenizer, stop)
+
+    class StopAt(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            table = holds.to(input_ids.device)
+            new = table[input_ids[:, width:]]  # True where a token holds the stop text
+            done = new[:, -1] & (~new).any(dim=1)
+            return done if input_ids.shape[1] > width else torch.zeros_like(done)
+
+    return StopAt()
+
+
+@lru_cache(maxsize=4)
+def _tokens_holding(tokenizer, text: str):
+    import torch
+
+    return torch.tensor([text in token for token in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])])
+
+
+def token_loss(model, encoded: list[dict], batch_size: int = 16) -> float:
+    """Mean cross-entropy per scored token, in nats, of encoded rows (see `data.encode_rows`)."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    total, count = 0.0, 0
+    rows = sorted(encoded, key=lambda row: len(row["input_ids"]))
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start:start + batch_size]
+            width = max(len(row["input_ids"]) for row in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            labels = torch.full((len(batch), width), -100)
+            mask = torch.zeros(len(batch), width, dtype=torch.long)
+            for i, row in enumerate(batch):
+                length = len(row["input_ids"])
+                ids[i, :length] = torch.tensor(row["input_ids"])
+                labels[i, :length] = torch.tensor(row["labels"])
+                mask[i, :length] = 1
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+            scored = labels[:, 1:] != -100
+            loss = cross_entropy(logits[:, :-1][scored.to(model.device)].float(), labels[:, 1:][scored].to(model.device),
+                                 reduction="sum")
+            total += loss.item()
+            count += int(scored.sum())
+    model.train(was_training)
+    return total / count
+
+
+# --------------------------------------------------------------------------------------------------------- intervals
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` rows with its 95% bootstrap interval [low, high]."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+
+
+def bootstrap(values: list[float], seed: int = 0, samples: int = 2000) -> Estimate:
+    """Mean of per-row values with a 95% percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13)."""
+    import numpy as np
+
+    data = np.asarray(values, dtype=float)
+    if data.size == 0:
+        raise ValueError("bootstrap needs at least one value")
+    draws = np.random.default_rng(seed).integers(0, data.size, size=(samples, data.size))
+    low, high = np.quantile(data[draws].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(data.mean()), float(low), float(high), int(data.size))
+
+
+# --------------------------------------------------------------------------------------------------------------- SQL
+
+
+def normalise_sql(query: str) -> str | None:
+    """The query in one canonical spelling (case of keywords and names, spacing), or None when it does not parse."""
+    import sqlglot
+    from sqlglot.errors import SqlglotError
+    from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
+
+    try:
+        tree = sqlglot.parse_one(query, dialect="sqlite")
+        for identifier in tree.find_all(sqlglot.exp.Identifier):
+            identifier.set("quoted", False)  # "name" and name are the same column
+        return normalize_identifiers(tree, dialect="sqlite").sql(dialect="sqlite", comments=False)
+    except (SqlglotError, RecursionError, ValueError):
+        return None
+
+
+def sql_exact(answer: str, reference: str) -> bool:
+    """Whether two queries are the same after normalisation."""
+    normal = normalise_sql(answer)
+    return normal is not None and normal == normalise_sql(reference)
+
+
+_READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+_FORBIDDEN_FUNCTIONS = {"load_extension", "randomblob", "zeroblob", "random"}
+
+
+def run_sql(connection: sqlite3.Connection, query: str, seconds: float = 1.0, max_rows: int = 1000):
+    """Run one query of a model: it can only read, for a limited time, and returns a limited number of rows.
+
+    Returns ``(column names, rows)``. Raises sqlite3.Error when the query is wrong, forbidden or too slow.
+    """
+
+    def authorise(action, first, second, database, trigger):
+        if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _FORBIDDEN_FUNCTIONS:
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK if action in _READS else sqlite3.SQLITE_DENY
+
+    deadline = time.monotonic() + seconds
+    connection.set_authorizer(authorise)
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)  # no single text or blob beyond 1 MB
+    try:
+        cursor = connection.execute(query)
+        if cursor.description is None:
+            raise sqlite3.ProgrammingError("the text is not a query")
+        rows = cursor.fetchmany(max_rows)
+        return [column[0] for column in cursor.description], rows
+    except (sqlite3.Warning, ValueError) as error:  # several statements at once; a NUL character
+        raise sqlite3.ProgrammingError(str(error)) from error
+    finally:
+        connection.set_progress_handler(None, 0)
+        connection.set_authorizer(None)
+
+
+def _schema(context: str) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Tables of a context as (name, [(column, is a number)])."""
+    import sqlglot
+    from sqlglot import exp
+
+    tables = []
+    for tree in sqlglot.parse(context, dialect="sqlite"):
+        if isinstance(tree, exp.Create):
+            columns = [(column.name, (column.args.get("kind") is not None
+                                      and column.args["kind"].sql().upper().startswith(("INT", "REAL", "NUM", "FLOAT", "DOUB", "DEC"))))
+                       for column in tree.find_all(exp.ColumnDef)]
+            tables.append((tree.this.this.name, columns))
+    return tables
+
+
+def _literals(query: str) -> tuple[list[str], list[float], dict[str, list]]:
+    """Text and number literals of a query, and the literals that each column is compared with."""
+    import sqlglot
+    from sqlglot import exp
+    from sqlglot.errors import SqlglotError
+
+    try:
+        tree = sqlglot.parse_one(query, dialect="sqlite")
+    except (SqlglotError, RecursionError, ValueError):
+        return [], [], {}
+    compared: dict[str, list] = {}
+    for comparison in tree.find_all(exp.EQ, exp.NEQ, exp.GT, exp.GTE, exp.LT, exp.LTE, exp.Like, exp.Between, exp.In):
+        columns = [column.name.lower() for column in comparison.find_all(exp.Column)]
+        for literal in comparison.find_all(exp.Literal):
+            for column in columns:
+                compared.setdefault(column, []).append(_literal_value(literal))
+    values = [_literal_value(literal) for literal in tree.find_all(exp.Literal)]
+    return [v for v in values if isinstance(v, str)], [v for v in values if not isinstance(v, str)], compared
+
+
+def _literal_value(literal):
+    if literal.is_string:
+        return literal.this.replace("%", "").strip() or "x"
+    try:
+        return int(literal.this)
+    except ValueError:
+        return float(literal.this)
+
+
+def fill_databases(context: str, queries: list[str], seed: int = 0, databases: int = 6,
+                   rows: int = 24) -> list[sqlite3.Connection]:
+    """Random in-memory databases with the context's tables, built to tell the queries apart.
+
+    A column that a query compares with a value holds that value in about a third of the rows (so that every condition
+    is met by some rows and missed by others, alone and together), neighbours of it (one more, one less, another case),
+    and values used for other columns. Keys are drawn from a small range, so that joins meet.
+    Raises sqlite3.Error or sqlglot's error when the context is not a list of CREATE TABLE statements.
+    """
+    tables = _schema(context)
+    texts: list[str] = []
+    numbers: list[float] = []
+    compared: dict[str, list] = {}
+    for query in queries:
+        found_texts, found_numbers, found = _literals(query)
+        texts += found_texts
+        numbers += found_numbers
+        for column, values in found.items():
+            compared.setdefault(column, []).extend(values)
+    connections = []
+    for index in range(databases):
+        rng = random.Random(f"{seed}/{index}")
+        connection = sqlite3.connect(":memory:")
+        connection.executescript(context)
+        for table, columns in tables:
+            count = rng.randint(rows // 3, rows) if index else rows
+            marks = ", ".join("?" * len(columns))
+            chosen = [[_random_value(rng, name.lower(), number, compared, texts, numbers) for name, number in columns]
+                      for _ in range(count)]
+            connection.executemany(f'INSERT INTO "{table}" VALUES ({marks})', chosen)
+        connections.append(connection)
+    return connections
+
+
+def _random_value(rng: random.Random, column: str, number: bool, compared, texts, numbers):
+    own = compared.get(column, [])
+    if own and rng.random() < 0.55:
+        return rng.choice(own)
+    if own and rng.random() < 0.4:
+        value = rng.choice(own)
+        return value + rng.choice([-1, 1]) if not isinstance(value, str) else rng.choice([value.upper(), value.lower(), value + "s"])
+    if number:
+        return rng.choice(numbers) if numbers and rng.random() < 0.15 else rng.randint(1, 9)
+    if texts and rng.random() < 0.15:
+        return rng.choice(texts)
+    return rng.choice(["1", "2", "3", "alpha", "beta", "gamma", "delta", "12", "5"])
+
+
+def sql_execution(answer: str, reference: str, context: str, seed: int = 0) -> tuple[bool, bool]:
+    """Whether two queries return the same on every test database.
+
+    Results are compared as multisets of rows, and in order when the reference orders its rows; column names don't count.
+    Returns ``(same, valid)``; valid: the answer ran on all databases. Raises sqlite3.Error when the reference itself
+    does not run. A database on which the reference returns nothing says little, so those count only if all are so.
+    """
+    same, valid = True, True
+    ordered = re.search(r"\border\s+by\b", reference, re.IGNORECASE) is not None
+    for connection in fill_databases(context, [reference, answer], seed):
+        try:
+            _, expected = run_sql(connection, reference)
+            try:
+                _, got = run_sql(connection, answer)
+            except sqlite3.Error:
+                same = valid = False
+                break
+            same = same and (got == expected if ordered else Counter(map(repr, got)) == Counter(map(repr, expected)))
+        finally:
+            connection.close()
+    return same, valid
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def chrf(answer: str, reference: str) -> float:
+    """Sentence chrF in [0, 1]: F-score of character n-grams up to 6, beta 2 (Popovic 2015; sacrebleu)."""
+    return _chrf().sentence_score(answer, [reference]).score / 100
+
+
+@lru_cache(maxsize=1)
+def _chrf():
+    from sacrebleu.metrics import CHRF
+
+    return CHRF(eps_smoothing=True)
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L in [0, 1]: F1 of the longest common subsequence of lower-cased words (Lin 2004)."""
+    a, b = re.findall(r"\w+", answer.lower()), re.findall(r"\w+", reference.lower())
+    if not a or not b:
+        return 0.0
+    lengths = [0] * (len(b) + 1)
+    for word in a:
+        previous = 0
+        for j, other in enumerate(b, start=1):
+            previous, lengths[j] = lengths[j], previous + 1 if word == other else max(lengths[j], lengths[j - 1])
+    common = lengths[-1]
+    return 2 * common / (len(a) + len(b))
+
+
+def exact(answer: str, reference: str) -> float:
+    """1.0 when the texts are equal after trimming, else 0.0."""
+    return float(answer.strip() == reference.strip())
+
+
+# ------------------------------------------------------------------------------------------------------- a whole task
+
+
+def score(task: Task, answers: list[str], rows: list[dict[str, str]]) -> list[dict[str, float]]:
+    """Per-row metrics of a task's answers: each a number in [0, 1], by metric name."""
+    scored = []
+    for answer, row in zip(answers, rows, strict=True):
+        reference = task.completion(row)
+        if task.name == "sql":
+            same, valid = sql_execution(answer, reference, row["context"])
+            scored.append({"exact": float(sql_exact(answer, reference)), "execution": float(same), "valid": float(valid)})
+        else:
+            scored.append({"exact": exact(answer, reference), "chrf": chrf(answer, reference),
+                           "rouge_l": rouge_l(answer, reference)})
+    return scored
+
+
+def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]], batch_size: int = 32, progress=None,
+             seed: int = 0) -> dict:
+    """Generate an answer for every row, score them, and sum up.
+
+    Returns ``{"metrics": {name: Estimate}, "answers": [...], "scores": [...], "seconds": float, "new_tokens": int}``.
+    """
+    start = time.perf_counter()
+    texts = generate(model, tokenizer, [task.prompt(row) for row in rows], task.max_new_tokens, batch_size, task.stop,
+                     progress)
+    seconds = time.perf_counter() - start
+    answers = [task.answer(text) for text in texts]
+    scores = score(task, answers, rows)
+    metrics = {name: bootstrap([row[name] for row in scores], seed) for name in scores[0]}
+    new_tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return {"metrics": metrics, "answers": answers, "scores": scores, "seconds": seconds, "new_tokens": new_tokens}

@@ -1,0 +1,520 @@
+"""From a checked `FineTuneConfig` to an adapter: TRL's SFTTrainer set up well, resumable, published atomically.
+
+``fine_tune(config, run_dir)`` trains in this process, or, with more than one worker, in a group of processes that
+``helpers.workers`` starts as ``python -m helpers.fine_tuning <run_dir>``. Either way the training state is in
+``run_dir/checkpoints`` and the result in ``run_dir/trained``. `publish` then writes the adapter's folder in one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import WorkbookError, base_models, data, tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A preset is what the parameters left at 0 or "" become. `reference` is the recipe of the demo that this workbook grew
+# from: every token is scored, documents are packed end to end at 1,024 tokens, one epoch count and share per task.
+PRESETS: dict[str, dict] = {
+    "default": dict(precision="4bit", rank=16, alpha=32, dropout=0.0, learning_rate=2e-3, schedule="cosine", epochs=1.0,
+                    max_rows=1024, data_fraction=1.0, batch_size=8, gradient_accumulation=1, max_length=512,
+                    packing=False, optimizer="adamw_torch", completion_only=True),
+    "full_data": dict(precision="full", rank=8, alpha=16, dropout=0.0, learning_rate=2e-3, schedule="cosine",
+                      epochs=4.0, max_rows=-1, data_fraction=1.0, batch_size=128, gradient_accumulation=1,
+                      max_length=1024, packing=False, optimizer="adamw_torch", completion_only=True),
+    "reference": dict(precision="4bit", rank=16, alpha=32, dropout=0.05, learning_rate=2e-4, schedule="constant",
+                      epochs=1.0, max_rows=-1, data_fraction=1.0, batch_size=1, gradient_accumulation=4,
+                      max_length=1024, packing=True, optimizer="paged_adamw_32bit", completion_only=False),
+}
+REFERENCE_TASKS = {"instruct": dict(data_fraction=0.3, epochs=1.0), "sql": dict(epochs=2.0), "detox": dict(epochs=4.0)}
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """Everything that decides a fine-tuning run. Build it with `from_parameters`, which fills in the preset and checks.
+
+    Sizes: max_rows (-1: all rows of the split), max_length in tokens, batch_size in rows per worker and forward pass.
+    alpha scales the update by alpha / rank (LoRA, arXiv:2106.09685, section 4.1).
+    """
+
+    task: str
+    base_model: str = base_models.EMBEDDED
+    data: str = "practice"
+    preset: str = "default"
+    precision: str = ""
+    rank: int = 0
+    alpha: int = 0
+    dropout: float = -1.0
+    target_modules: str = ""
+    learning_rate: float = 0.0
+    schedule: str = ""
+    epochs: float = 0.0
+    max_steps: int = 0
+    max_rows: int = 0
+    data_fraction: float = 0.0
+    batch_size: int = 0
+    gradient_accumulation: int = 0
+    max_length: int = 0
+    packing: bool | None = None
+    optimizer: str = ""
+    completion_only: bool | None = None
+    gradient_checkpointing: bool = False
+    checkpoint_steps: int = 20
+    seed: int = 0
+
+    @classmethod
+    def from_parameters(cls, **parameters) -> FineTuneConfig:
+        """A complete, checked config. Parameters at 0, "" or None take the preset's value.
+
+        Raises WorkbookError that names the first parameter which is unknown or out of range.
+        """
+        unknown = set(parameters) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise WorkbookError(f"parameter {sorted(unknown)[0]!r} is unknown to fine-tuning.")
+        task = tasks.get_task(parameters.get("task", ""))
+        name = parameters.get("preset") or "default"
+        if name not in PRESETS:
+            raise WorkbookError(f"preset {name!r} is unknown: use one of {', '.join(PRESETS)}.")
+        preset = {**PRESETS[name], **(REFERENCE_TASKS.get(task.name, {}) if name == "reference" else {})}
+        given = {key: value for key, value in parameters.items()
+                 if value not in (0, "", None) or key in ("seed", "gradient_checkpointing") or isinstance(value, bool)}
+        if given.get("dropout", 0) == -1.0:
+            del given["dropout"]
+        config = cls(**{**preset, **given, "preset": name})
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raise WorkbookError for the first value that cannot work; nothing is loaded or created."""
+        tasks.get_task(self.task)
+        base_models.resolve(self.base_model)
+        for name, low, high in (("rank", 1, 1024), ("alpha", 1, 4096), ("batch_size", 1, 65536), ("max_length", 8, 131072),
+                                ("gradient_accumulation", 1, 65536), ("checkpoint_steps", 1, 10**9), ("seed", 0, 2**32 - 1),
+                                ("dropout", 0.0, 0.9), ("learning_rate", 1e-8, 1.0), ("epochs", 1e-6, 10_000),
+                                ("data_fraction", 1e-9, 1.0), ("max_steps", 0, 10**9)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise WorkbookError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}.")
+        if self.max_rows < 1 and self.max_rows != -1:
+            raise WorkbookError(f"max_rows is {self.max_rows}: it must be at least 1, or -1 for all rows.")
+        for name, allowed in (("precision", ("4bit", "full")), ("schedule", ("cosine", "constant", "linear")),
+                              ("optimizer", ("adamw_torch", "paged_adamw_32bit"))):
+            if getattr(self, name) not in allowed:
+                raise WorkbookError(f"{name} is {getattr(self, name)!r}: use {' or '.join(allowed)}.")
+        known = self.data == "practice" or self.data == "hub" or self.data.startswith("hub:")
+        if not known and not Path(self.data).expanduser().is_file():
+            raise WorkbookError(f"data is {self.data!r}, which is not an existing file: give a .jsonl or .jsonl.gz file, "
+                                "'practice' or 'hub'.")
+        if self.data == "practice" and self.task not in ("instruct", "sql", "detox"):
+            raise WorkbookError(f"task {self.task!r} has no practice data: give a .jsonl file with data=….")
+
+
+def check_parameters(parameters: dict) -> None:
+    """What a job checks before a kernel starts: the notebook's parameters make a valid config and a free output folder."""
+    names = {f.name for f in dataclasses.fields(FineTuneConfig)}
+    FineTuneConfig.from_parameters(**{k: v for k, v in parameters.items() if k in names})
+    if int(parameters.get("eval_rows") or 1) < 1:
+        raise WorkbookError(f"eval_rows is {parameters['eval_rows']}: it must be at least 1.")
+    if parameters.get("adapter_dir") and not parameters.get("resume"):
+        check_free(Path(parameters["adapter_dir"]))
+
+
+def check_free(folder: Path) -> None:
+    """Raise WorkbookError when `folder` already holds something: an adapter is never overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WorkbookError(f"The output folder {folder} already exists and is not empty: choose another adapter_dir or "
+                            "remove it.")
+
+
+def custom_adapters_dir() -> Path:
+    """Where the reader's own adapters go: ``$CUSTOM_LORA_ADAPTERS_DIR`` or ``adapters/custom`` of this project."""
+    return Path(os.environ.get("CUSTOM_LORA_ADAPTERS_DIR") or ROOT / "adapters" / "custom").expanduser()
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def fine_tune(config: FineTuneConfig, run_dir: Path, workers: int = 1, resume: bool = False) -> dict:
+    """Train an adapter and leave it in ``run_dir/trained``; return what happened as a dict (also result.json there).
+
+    With ``workers > 1`` as many processes train together (see helpers.workers). ``resume`` goes on from the newest
+    complete checkpoint of ``run_dir``; without it a run folder that already holds training is refused.
+    Raises WorkbookError for bad data, a full disk, too little memory, or a run that was made with another config.
+    """
+    run_dir = Path(run_dir)
+    settings = {**dataclasses.asdict(config), "workers": workers}
+    known = run_dir / "config.json"
+    if known.is_file() and resume:
+        before = json.loads(known.read_text())
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            raise WorkbookError(f"The run in {run_dir} was made with {changed[0]}={before.get(changed[0])!r}, not "
+                                f"{settings[changed[0]]!r}: resume it unchanged or start a new one.")
+    elif (run_dir / "checkpoints").exists() and not resume:
+        raise WorkbookError(f"The output folder {run_dir} already holds a training run: resume it or choose another.")
+    with base_models.disk_errors(run_dir, "the training run"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(known, settings)
+    base_models.fetch(config.base_model)  # once, before several workers ask for it
+    if workers == 1:
+        return train(config, run_dir)
+    from helpers.workers import launch_local
+
+    launch_local([sys.executable, "-m", "helpers.fine_tuning", str(run_dir)], workers, run_dir / "workers")
+    return json.loads((run_dir / "trained" / "result.json").read_text())
+
+
+def train(config: FineTuneConfig, run_dir: Path) -> dict:
+    """The training itself, in this process, which may be one of several workers (torch.distributed's environment).
+
+    The loss is the mean cross-entropy over the completion's tokens of the whole batch. Returns the result as a dict on
+    every rank; rank 0 writes ``run_dir/trained``.
+    """
+    import torch
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    task = tasks.get_task(config.task)
+    rows = data.load_rows(config.task, config.data, "train", None if config.max_rows == -1 else config.max_rows,
+                          config.data_fraction, config.seed)
+    model, tokenizer = base_models.load(config.base_model, config.precision)
+    limit = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    if config.max_length > limit:
+        raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} reads at most {limit}: "
+                            "lower max_length.")
+    encoded, left_out = data.encode_rows(tokenizer, task, rows.rows, config.max_length)
+    if left_out and is_main():
+        print(f"{left_out} of {len(rows.rows)} rows are longer than max_length={config.max_length} tokens and left out.")
+    trainer = make_trainer(config, model, tokenizer, encoded, run_dir)
+    world = trainer.accelerator.num_processes
+    if is_main():
+        print(f"Training on {len(encoded):,} rows of {rows.source}, {trainer.args.max_steps:,} steps of "
+              f"{config.batch_size * config.gradient_accumulation * world} rows, {world} worker{'s' * (world > 1)}, "
+              f"{base_models.hardware()}, weights {config.precision}, computing in {base_models.best_dtype()}.", flush=True)
+    checkpoint = last_checkpoint(run_dir / "checkpoints")
+    if checkpoint and is_main():
+        print(f"Going on from {checkpoint.name}.", flush=True)
+    try:
+        with base_models.disk_errors(run_dir, "a checkpoint"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise WorkbookError(f"The GPU's memory is too small for batch_size={config.batch_size} and max_length="
+                            f"{config.max_length}: lower batch_size (and raise gradient_accumulation by the same factor), "
+                            "or lower max_length.") from error
+    return _finish_training(config, trainer, run_dir, rows, len(encoded), left_out, world)
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, the one that prints and saves."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], run_dir: Path):
+    """The base model with a fresh LoRA adapter inside TRL's SFTTrainer.
+
+    Where it differs from TRL's defaults: rows come tokenized by `data.encode_rows` (so training sees the prompt tokens
+    that generation will), gradient checkpointing is off unless asked for, rows of like length share a batch, and the
+    output head only computes the positions that are scored.
+    """
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from trl import SFTConfig
+
+    modules = [name.strip() for name in config.target_modules.split(",") if name.strip()]
+    found = base_models.lora_target_modules(model)
+    if missing := [name for name in modules if name not in found]:
+        raise WorkbookError(f"target_modules names {missing[0]!r}, which {config.base_model} does not have: it has "
+                            f"{', '.join(found)}.")
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, bias="none",
+                      task_type="CAUSAL_LM", target_modules=modules or found)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    model = get_peft_model(model, lora)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rows_a_step = config.batch_size * config.gradient_accumulation * world
+    steps = config.max_steps or max(1, math.ceil(config.epochs * len(encoded) / rows_a_step))
+    cuda = torch.cuda.is_available()
+    dtype = base_models.best_dtype()
+    arguments = SFTConfig(
+        output_dir=str(run_dir / "checkpoints"), max_steps=steps, per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation, learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule, warmup_steps=0 if config.schedule == "constant" else max(1, steps // 20),
+        optim=config.optimizer, max_grad_norm=1.0, seed=config.seed, data_seed=config.seed,
+        bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
+        gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length, packing=config.packing,
+        packing_strategy="wrapped", dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
+        train_sampling_strategy="random" if config.packing else "group_by_length", remove_unused_columns=False,
+        logging_steps=max(1, steps // 100), save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False)
+    if not config.completion_only:
+        encoded = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in encoded]
+    extra = {} if config.packing else {"data_collator": Collator(tokenizer.pad_token_id)}
+    trainer = _trainer_class()(model=model, args=arguments, train_dataset=Dataset.from_list(encoded),
+                               processing_class=tokenizer, **extra)
+    trainer.remove_callback(_printer_callback())
+    trainer.add_callback(_progress_callback()())
+    if trainer.accelerator.num_processes != world:
+        raise WorkbookError(f"{world} workers were asked for and {trainer.accelerator.num_processes} started: this is a "
+                            "fault of the launcher; start the job again.")
+    return trainer
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of token ids to a batch: padded on the right to the longest row, labels -100 on the padding."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict]) -> dict:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        batch = {"input_ids": torch.full((len(rows), width), self.pad_token_id),
+                 "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+                 "labels": torch.full((len(rows), width), -100)}
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            batch["input_ids"][i, :length] = torch.tensor(row["input_ids"])
+            batch["labels"][i, :length] = torch.tensor(row["labels"])
+            batch["attention_mask"][i, :length] = 1
+        return batch
+
+
+def completion_loss(model, inputs: dict, count=None):
+    """Cross-entropy over the scored positions, computing the output head only there.
+
+    The head is a quarter of a small model's arithmetic, and its logits (positions x vocabulary) most of its memory; a
+    prompt's positions need neither. A hook in front of the head drops them inside the model's own forward, so it works
+    for every architecture and under DistributedDataParallel. `count` divides the sum (default: scored positions here).
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    labels = inputs["labels"]
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position t is scored on token t + 1
+    scored = targets != -100
+    head = getattr(model, "module", model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][scored], *arguments[1:]))
+    try:
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    finally:
+        hook.remove()
+    total = cross_entropy(logits.float(), targets[scored], reduction="sum")
+    return total / (scored.sum() if count is None else count)
+
+
+def _trainer_class():
+    from trl import SFTTrainer
+
+    class CompletionTrainer(SFTTrainer):
+        """SFTTrainer whose loss skips the prompt's logits. Packed rows keep TRL's own loss."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if self.args.packing or return_outputs:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = completion_loss(model, inputs, num_items_in_batch)
+            # num_items_in_batch counts the tokens of all workers, and the gradients are averaged over them.
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes
+            return loss
+
+    return CompletionTrainer
+
+
+def _printer_callback():
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _progress_callback():
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        """Prints a line now and then, notes the seconds of all attempts, and marks checkpoints that are complete."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.begin, self.first_step, self.shown = time.perf_counter(), state.global_step, 0.0
+            self.before = 0.0
+            if state.global_step:
+                marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete.json"
+                self.before = json.loads(marker.read_text())["seconds"]
+
+        def seconds(self) -> float:
+            return self.before + time.perf_counter() - self.begin
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            now = time.perf_counter()
+            if "loss" not in (logs or {}) or not state.is_world_process_zero:
+                return
+            if now - self.shown < 10 and state.global_step < state.max_steps:
+                return
+            self.shown = now
+            left = (now - self.begin) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+            print(f"step {state.global_step:>5}/{state.max_steps}   loss {logs['loss']:.3f}   "
+                  f"{left / 60:.1f} min left", flush=True)
+
+        def on_save(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_json(folder / "complete.json", {"step": state.global_step, "seconds": self.seconds()})
+
+    return Progress
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end (a killed run can leave a part of one), or None."""
+    complete = [path.parent for path in Path(folder).glob("checkpoint-*/complete.json")]
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _finish_training(config, trainer, run_dir: Path, rows: data.Rows, used: int, left_out: int, world: int) -> dict:
+    import torch
+
+    progress = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "Progress")
+    log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    tail = [loss for _, loss in log[-max(1, len(log) // 10):]]
+    result = {
+        "config": dataclasses.asdict(config), "data_source": rows.source, "data_licence": rows.licence, "rows": used,
+        "rows_left_out": left_out, "steps": trainer.state.global_step, "final_loss": sum(tail) / len(tail),
+        "training_seconds": progress.seconds(), "hardware": base_models.hardware(), "workers": world,
+        "dtype": str(base_models.best_dtype()), "trained_parameters": sum(
+            p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "base_revision": base_models.revision_of(config.base_model), "loss_log": log,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+    if is_main():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with base_models.disk_errors(run_dir, "the adapter"), tempfile.TemporaryDirectory(dir=run_dir) as temporary:
+            target = Path(temporary) / "trained"
+            save_adapter(model, config.base_model, target)
+            write_json(target / "result.json", result)
+            shutil.rmtree(run_dir / "trained", ignore_errors=True)
+            os.replace(target, run_dir / "trained")
+    return result
+
+
+def save_adapter(model, base_model: str, folder: Path) -> None:
+    """Write a PEFT model's active adapter as bfloat16 safetensors and a config that names the base model, not a path."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(folder, safe_serialization=True)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    base = base_models.resolve(base_model)
+    config["base_model_name_or_path"] = base.hub_id or base.name
+    config["revision"] = base_models.revision_of(base_model)
+    config["target_modules"] = sorted(config["target_modules"])
+    write_json(folder / "adapter_config.json", config)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `publish` writes a real one
+
+
+def load_trained(config: FineTuneConfig, run_dir: Path):
+    """The base model with the adapter of ``run_dir/trained``, ready for inference: ``(model, tokenizer)``."""
+    from peft import PeftModel
+
+    model, tokenizer = base_models.load(config.base_model, config.precision)
+    return PeftModel.from_pretrained(model, Path(run_dir) / "trained").eval(), tokenizer
+
+
+# -------------------------------------------------------------------------------------------------------- publishing
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON to a temporary name, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(run_dir: Path, adapter_dir: Path, metrics: dict, examples: list[dict] | None = None, command: str = "") -> Path:
+    """Make ``adapter_dir`` from the trained adapter: weights, config, metrics.json and a model card, all or nothing.
+
+    metrics: what `metrics.json` holds beside the training's own record. Raises WorkbookError when the folder exists.
+    """
+    run_dir, adapter_dir = Path(run_dir), Path(adapter_dir)
+    check_free(adapter_dir)
+    result = json.loads((run_dir / "trained" / "result.json").read_text())
+    record = {**{key: value for key, value in result.items() if key != "loss_log"}, **metrics, "command": command}
+    with base_models.disk_errors(adapter_dir.parent, "the adapter"):
+        adapter_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".publishing-", dir=adapter_dir.parent) as temporary:
+            staging = Path(temporary) / "adapter"
+            shutil.copytree(run_dir / "trained", staging, ignore=shutil.ignore_patterns("result.json"))
+            write_json(staging / "metrics.json", record)
+            (staging / "README.md").write_text(model_card(record, examples or []), encoding="utf-8")
+            if adapter_dir.is_dir():
+                adapter_dir.rmdir()  # empty, as checked
+            os.replace(staging, adapter_dir)
+    return adapter_dir
+
+
+def model_card(record: dict, examples: list[dict]) -> str:
+    """The adapter's README.md, every number in it taken from `record` (the content of metrics.json)."""
+    config = record["config"]
+    task = tasks.get_task(config["task"])
+    base = base_models.resolve(config["base_model"])
+    lines = ["---", f"base_model: {base.hub_id or base.name}", "library_name: peft", "pipeline_tag: text-generation",
+             "tags: [lora]", "---", "",
+             f"# {task.title}: a LoRA adapter for {base.name}", "",
+             f"Trained by the LoRA Workbook. Prompt: `{task.template.encode('unicode_escape').decode()}`", "",
+             "| | |", "| --- | --- |",
+             f"| base model | {base.hub_id or base.name}, revision {record['base_revision']}, licence {base.licence} |",
+             f"| data | {record['data_source']}: {record['rows']:,} training rows, licence {record['data_licence']} |",
+             f"| LoRA | rank {config['rank']}, alpha {config['alpha']}, dropout {config['dropout']:g}, "
+             f"{record['trained_parameters']:,} parameters |",
+             f"| training | {record['steps']:,} steps of {config['batch_size'] * config['gradient_accumulation'] * record['workers']}"
+             f" rows, learning rate {config['learning_rate']:g} {config['schedule']}, {config['optimizer']}, base weights "
+             f"{config['precision']}, computing in {record['dtype']}, seed {config['seed']} |",
+             f"| hardware | {record['hardware']}, {record['workers']} worker(s), {record['training_seconds'] / 60:.1f} minutes |",
+             "| adapter licence | Apache-2.0 for the weights; the base model's and the data's licences apply too |"]
+    if record.get("command"):
+        lines.append(f"| command | `{record['command']}` |")
+    lines += ["", "## Measured", ""]
+    lines += _metrics_table(record.get("evaluation", {}))
+    for example in examples:
+        lines += ["", f"**Prompt** ({example['note']})", "", "```", example["prompt"], "```", "",
+                  f"adapter: `{example['adapter']}`", "", f"expected: `{example['reference']}`"]
+    return "\n".join(lines) + "\n"
+
+
+def _metrics_table(evaluation: dict) -> list[str]:
+    if not evaluation:
+        return ["Not evaluated."]
+    names = list(evaluation["adapter"])
+    rows = [f"On {evaluation['rows']:,} validation rows of {evaluation['source']} that training never saw, greedy decoding; "
+            "mean with 95% bootstrap interval.", "", "| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for who in [key for key in evaluation if isinstance(evaluation[key], dict)]:
+        cells = [f"{evaluation[who][n]['value']:.3f} [{evaluation[who][n]['low']:.3f}, {evaluation[who][n]['high']:.3f}]"
+                 for n in names]
+        rows.append(f"| {who} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def main(run_dir: str) -> None:
+    """One worker of a group: train with the config that `fine_tune` left in the run's folder."""
+    settings = json.loads((Path(run_dir) / "config.json").read_text())
+    settings.pop("workers")
+    train(FineTuneConfig(**settings), Path(run_dir))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

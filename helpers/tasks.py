@@ -1,0 +1,159 @@
+"""The tasks: what a row looks like, how it becomes a prompt, how its answers are generated and judged.
+
+Adding a task of your own is one call::
+
+    from helpers.tasks import Task, register
+    register(Task(
+        name="titles", title="Headline writing", columns=("article",), target="headline",
+        template="<Article>: {article}\\n<Headline>: ", max_new_tokens=32, metric="chrf"))
+
+after which ``data.load_rows("titles", "my_rows.jsonl")``, the fine-tuning notebook and the panel know it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+from dataclasses import dataclass, field
+
+from helpers import WorkbookError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    columns: the row's fields that the prompt shows, in order; target: the field that the model must write.
+    optional: columns that may be empty; the template's line that holds an empty one is left out.
+    hub_columns: this task's column name -> the hub dataset's column name.
+    stop: text at which generated answers are cut (None: only at the end-of-text token).
+    metric: the metric that a result is summed up by; one of helpers.evaluation's.
+    samples: rows without the target, used as ready-made prompts.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    target: str
+    template: str
+    optional: tuple[str, ...] = ()
+    hub_dataset: str | None = None
+    hub_columns: dict[str, str] = field(default_factory=dict)
+    hub_licence: str = "see the dataset's own card"
+    max_new_tokens: int = 64
+    stop: str | None = "\n"
+    metric: str = "chrf"
+    samples: tuple[dict[str, str], ...] = ()
+
+    def __post_init__(self):
+        named = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        if tuple(named) != self.columns:
+            raise WorkbookError(f"task {self.name!r}: the template's fields {named} must be the columns "
+                                f"{list(self.columns)}, each once and in this order.")
+
+    def prompt(self, row: dict[str, str]) -> str:
+        """The text up to where the completion begins. Raises WorkbookError when the row lacks a column."""
+        lines = []
+        for line in self.template.splitlines(keepends=True):
+            names = [name for _, name, _, _ in string.Formatter().parse(line) if name]
+            for name in names:
+                if name not in row and name not in self.optional:
+                    raise WorkbookError(f"task {self.name!r} needs the column {name!r}, and the row has only "
+                                        f"{sorted(row)}.")
+            if names and all(name in self.optional and not row.get(name) for name in names):
+                continue
+            lines.append(line.format(**{name: row.get(name, "") for name in names}))
+        return "".join(lines)
+
+    def completion(self, row: dict[str, str]) -> str:
+        """The text that the model must write after the prompt, without the end-of-text token."""
+        if self.target not in row:
+            raise WorkbookError(f"task {self.name!r} needs the column {self.target!r}, and the row has only {sorted(row)}.")
+        return row[self.target].strip()
+
+    def answer(self, generated: str) -> str:
+        """What counts as the model's answer: the text before `stop`, trimmed."""
+        text = generated.strip()
+        return text.split(self.stop)[0].strip() if self.stop else text
+
+
+TASKS: dict[str, Task] = {}
+
+
+def register(task: Task) -> Task:
+    """Add a task (or replace one of the same name) and return it."""
+    TASKS[task.name] = task
+    return task
+
+
+def get_task(name: str) -> Task:
+    """The task of that name. Raises WorkbookError with the closest known name."""
+    if name in TASKS:
+        return TASKS[name]
+    close = difflib.get_close_matches(str(name), TASKS, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise WorkbookError(f"task {name!r} is unknown{hint}: use one of {', '.join(TASKS)}, or add one with "
+                        "helpers.tasks.register.")
+
+
+register(Task(
+    name="instruct",
+    title="General instruction following",
+    columns=("instruction", "input"),
+    target="response",
+    template="<Instruction>: {instruction}\n<Input>: {input}\n<Response>: ",
+    optional=("input",),
+    hub_dataset="teknium/GPTeacher-General-Instruct",
+    hub_columns={"instruction": "instruction", "input": "input", "response": "response"},
+    hub_licence="MIT",
+    max_new_tokens=128,
+    stop=None,
+    metric="rouge_l",
+    samples=(
+        {"instruction": "Sort these words alphabetically.", "input": "pear, apple, mango, fig"},
+        {"instruction": "Write a short thank-you note to Maria for her help with moving.", "input": ""},
+        {"instruction": "Name three things you can do to sleep better.", "input": ""},
+        {"instruction": "Summarise the text in one sentence.",
+         "input": "The library opens at nine. On Sundays it stays closed, except in December, when it opens from noon "
+                  "to five so that students can prepare for their exams."},
+    ),
+))
+
+register(Task(
+    name="sql",
+    title="English to SQL",
+    columns=("context", "question"),
+    target="answer",
+    template="<TABLE>: {context}\n<QUESTION>: {question}\n<SQL>: ",
+    hub_dataset="philschmid/sql-create-context-copy",
+    hub_columns={"context": "context", "question": "question", "answer": "answer"},
+    hub_licence="CC BY 4.0",
+    max_new_tokens=96,
+    metric="execution",
+    samples=(
+        {"context": "CREATE TABLE employees (name VARCHAR, department VARCHAR, salary INTEGER, city VARCHAR)",
+         "question": "How many employees work in the Sales department?"},
+        {"context": "CREATE TABLE matches (venue VARCHAR, season INTEGER, home_team VARCHAR, attendance INTEGER)",
+         "question": "What is the highest attendance when the home team is Rovers?"},
+        {"context": "CREATE TABLE books (title VARCHAR, author VARCHAR, pages INTEGER, year INTEGER)",
+         "question": "Which title has more than 300 pages and was written by Ann Lee?"},
+    ),
+))
+
+register(Task(
+    name="detox",
+    title="Detoxifying text",
+    columns=("toxic",),
+    target="neutral",
+    template="<Toxic>: {toxic}\n<Neutral>: ",
+    hub_dataset="s-nlp/paradetox",
+    hub_columns={"toxic": "en_toxic_comment", "neutral": "en_neutral_comment"},
+    hub_licence="openrail++",
+    max_new_tokens=48,
+    metric="chrf",
+    samples=(
+        {"toxic": "this stupid printer never works when i need it"},
+        {"toxic": "what the hell is wrong with your dumb schedule"},
+        {"toxic": "only an idiot would park a car like that"},
+    ),
+))

@@ -1,0 +1,428 @@
+"""Jobs end as they say they end: real kernels, real signals, real full disks."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from filelock import FileLock
+
+from helpers import WorkbookError, jobs
+
+PARAMETERS = """\
+rank: int = 16  # width of the update, W = W0 + BA
+rate = 2e-4  # learning rate
+packed = False
+data = "practice"  # practice, hub or a file
+limit: int | None = None
+run_dir = ""
+resume = False
+"""
+METRICS = "import json, pathlib\npathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'rank': rank}))"
+FAILURES = {  # cells after the parameters, and the sentence
+    "sentence": (["from helpers import WorkbookError", "raise WorkbookError('The file is empty:\\nfill it.')", METRICS],
+                 r"The file is empty: fill it\."),
+    "exception": (["1 / 0", METRICS], r"ZeroDivisionError: division by zero \(in code cell 3\)"),
+    "exits": ([METRICS, "raise SystemExit(0)", "print('never')"],
+              r"Code cell 4 of 5 ended the notebook with SystemExit\(0\): the cells after it never ran\."),
+    "killed": ([METRICS, "import os\nos.kill(os.getpid(), 9)"],
+               r"The kernel was killed in code cell 4: memory has usually run out; lower rank \(now 16\)\."),
+    "quits": (["import os\nos._exit(3)", METRICS], r"The kernel ended with exit code 3 in code cell 3, .*"),
+    "segfault": (["import ctypes\nctypes.string_at(0)", METRICS], r"The kernel ended by SIGSEGV in code cell 3, .*"),
+    "memory": (["raise MemoryError('512 GB')", METRICS],
+               r"Memory ran out in code cell 3: lower rank \(now 16\) \(MemoryError: 512 GB\)\."),
+    "cuda": (["class OutOfMemoryError(RuntimeError): pass\nraise OutOfMemoryError('CUDA')"], r"Memory ran out .*"),
+    "disk": (["open('/dev/full', 'w').write('x' * 99999)", METRICS], r"The disk is full: free some space \(OSErr.*"),
+    "silent": (["print('done')"], r"The notebook ran to its end but wrote no readable metrics\.json\."),
+    "expected": (["#raises\n1 / 0", METRICS], r"ZeroDivisionError: division by zero.*"),
+    "endless": (["import time\ntime.sleep(600)"], r"The run was stopped in code cell 3: .* its timeout of 6 s\."),
+}
+WORKER = """import os, pathlib, psutil, subprocess, sys, time
+def lives(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+note = pathlib.Path(run_dir, 'worker')
+old = note.exists() and lives(int(note.read_text()))
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)
+if resume:
+    print('resumed', rank, 'beside the old worker' if old else 'alone', flush=True)
+else:
+    note.write_text(str(child.pid))
+    print('pids', os.getpid(), child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def save(folder: Path, name: str, cells: list[str], parameters: str = PARAMETERS) -> None:
+    v4 = nbformat.v4
+    notebook = v4.new_notebook(cells=[v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})])
+    for source in cells:
+        tags = ["raises-exception"] if source.startswith("#raises") else []
+        notebook.cells.append(v4.new_code_cell(source, metadata={"tags": tags}))
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("notebooks")
+    report = "import helpers, os, sys\nprint(repr([sys.executable, os.getcwd(), data, rank, rate, limit]), flush=True)"
+    save(folder, "good", [report, "'a value'", "print('a problem', file=sys.stderr)", METRICS])
+    save(folder, "worker", [WORKER, METRICS])
+    save(folder, "many", ["print('workers', workers, os.environ['NUM_GPU_WORKERS'])"], "import os\nworkers = 1")
+    save(folder, "adapter", ["print(adapter)"], "adapter = ''  # a folder")
+    for name, (cells, _) in FAILURES.items():
+        save(folder, name, cells)
+    entries = {name: {"title": name, "notebook": f"{name}.ipynb", "paths": ["data"], "memory": ["rank"]}
+               for name in ("good", "worker", *FAILURES)}
+    entries["fixed"] = entries["good"] | {"parameters": {"rank": 4}, "check": "test_jobs:refuse_high_rates"}
+    entries["many"] = {"title": "many", "notebook": "many.ipynb", "metrics": False}
+    entries["made"] = entries["good"] | {"paths": [], "outputs": ["data"]}
+    entries["adapter"] = {"title": "adapter", "notebook": "adapter.ipynb", "metrics": False, "positional": "adapter"}
+    (folder / "jobs.yaml").write_text(json.dumps({"jobs": entries}))  # JSON is YAML
+    return folder
+
+
+def refuse_high_rates(parameters: dict) -> None:
+    if parameters["rate"] > 1:
+        raise WorkbookError(f"rate is {parameters['rate']}: it must be at most 1 beside {sorted(parameters)}.")
+
+
+@pytest.fixture
+def options(books, tmp_path) -> dict:
+    return {"notebooks_dir": books, "runs_dir": tmp_path / "runs"}
+
+
+@pytest.fixture
+def command(options) -> list[str]:
+    return [f"--notebooks-dir={options['notebooks_dir']}", f"--runs-dir={options['runs_dir']}"]
+
+
+def start(*arguments, **more) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(jobs.ROOT)} | more.pop("env", {})
+    return subprocess.Popen([sys.executable, "-m", "helpers.jobs", *arguments], text=True, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def start_worker(command) -> tuple[subprocess.Popen, list[int]]:
+    """A run that has got to its endless cell, with the pids of its kernel and of a worker in a session of its own."""
+    process = start("worker", "-p", "rank=8", *command)
+    pids = next(line for line in process.stdout if line.startswith("pids"))
+    return process, [int(word) for word in pids.split()[1:]]
+
+
+def wait_until_gone(pids, seconds=10) -> None:
+    end = time.monotonic() + seconds
+    while alive := [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < end, f"still alive: {alive}"
+        time.sleep(0.05)
+
+
+# ---- parameters and bad input: no kernel starts, nothing is created
+
+
+def test_parameters_are_read_with_their_types_and_help(books):
+    found = jobs.read_parameters(books / "good.ipynb")
+    assert [(p.name, p.default, p.kind, p.optional) for p in found.values()] == [
+        ("rank", 16, int, False), ("rate", 2e-4, float, False), ("packed", False, bool, False),
+        ("data", "practice", str, False), ("limit", None, int, True), ("run_dir", "", str, False),
+        ("resume", False, bool, False)]
+    assert found["rank"].help == "width of the update, W = W0 + BA"  # the sign at which papermill's reader stops
+
+
+@pytest.mark.parametrize(("name", "given", "value"), [
+    ("rank", "8", 8), ("rank", 8, 8), ("rate", "1e-3", 1e-3), ("rate", 1, 1.0), ("packed", "true", True),
+    ("packed", "no", False), ("data", "8", "8"), ("data", " a=b\n'\"{x}", " a=b\n'\"{x}"), ("limit", "none", None),
+    ("limit", "3", 3)])
+def test_values_take_the_type_of_the_default(books, name, given, value):
+    converted = jobs.convert(jobs.read_parameters(books / "good.ipynb")[name], given)
+    assert converted == value and type(converted) is type(value)
+
+
+BAD = [
+    (["good", "-p", "rnak=8"], "The job good has no parameter 'rnak'; did you mean rank?"),
+    (["good", "-p", "rank=abc"], "rank is 'abc': it must be a whole number, such as 16."),
+    (["good", "-p", "rank=2.5"], "rank is '2.5': it must be a whole number, such as 16."),
+    (["good", "-p", "rank=none"], "rank is 'none': it must be a whole number, such as 16."),
+    (["good", "-p", "rate=nan"], "rate is 'nan': it must be a number, such as 0.0002."),
+    (["good", "-p", "rate=-inf"], "rate is '-inf': it must be a number, such as 0.0002."),
+    (["good", "-p", "packed=2"], "packed is '2': it must be true or false."),
+    (["good", "-p", "rank=8", "-p", "rank=8"], "rank is given twice: give it once."),
+    (["good", "-p", "rank"], "-p takes name=value, such as -p rank=8, not 'rank'."),
+    (["good", "-p", "run_dir=/tmp"], "run_dir cannot be given as a parameter: the job sets it."),
+    (["good", "-p", "resume=1"], "resume cannot be given as a parameter: use --resume."),
+    (["many", "-p", "workers=2"], "workers cannot be given as a parameter: use --workers N or NUM_GPU_WORKERS."),
+    (["fixed", "-p", "rank=8"], "rank is always 4 in the job fixed: choose another job."),
+    (["fixed", "-p", "rate=2"], "rate is 2.0: it must be at most 1 beside "
+                                "['data', 'limit', 'packed', 'rank', 'rate', 'resume', 'run_dir']."),
+    (["godo"], "There is no job 'godo'; did you mean good?"),
+    (["staus"], "There is no job 'staus'; did you mean status?"),
+    (["good", "--workers", "2"], "--workers is 2, but the job good runs on one worker: leave --workers out."),
+    (["many", "--workers", "0"], "--workers is '0': it must be a whole number of at least 1, such as 2."),
+    (["good", "--resume"], "There is no unfinished run of good in {runs}: start one without --resume."),
+    (["good", "--resume", "good-1"], "There is no run 'good-1' of good in {runs}; there are: none."),
+    (["good", "/"], "The job good cannot be run with '/': it takes no path."),
+    (["adapter", "/none"], "The job adapter cannot be run with '/none': its adapter does not exist."),
+    (["adapter"], "The job adapter needs its adapter: python -m helpers.jobs adapter <path>."),
+    (["status", "good-1"], "There is no run 'good-1'; there are: none."),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), BAD)
+def test_bad_input_is_one_sentence_and_nothing_is_created(options, command, capsys, words, sentence):
+    assert jobs.main([*words, *command]) == 2
+    assert capsys.readouterr() == ("", sentence.format(runs=options["runs_dir"]) + "\n")
+    assert not options["runs_dir"].exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
+def test_the_number_of_workers_in_the_environment(options, command, capsys, monkeypatch, value):
+    monkeypatch.setenv("NUM_GPU_WORKERS", value)
+    assert jobs.main(["many", *command]) == 2
+    assert capsys.readouterr().err == (
+        f"NUM_GPU_WORKERS is '{value}': it must be a whole number of at least 1, such as 2.\n")
+    assert not options["runs_dir"].exists()
+
+
+@pytest.mark.parametrize("words", [[], ["run"], ["good", "--timeout", "0"], ["good", "--timeout", "nan"],
+                                   ["good", "--wat"], ["list", "it"]])
+def test_a_command_line_that_makes_no_sense(command, capsys, words):
+    with pytest.raises(SystemExit) as end:
+        jobs.main([*words, *command])
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_relative_paths_are_those_of_the_caller(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows", "practice"):
+        (tmp_path / name).write_text("")
+    for job, given, planned in (("good", "rows", f"{tmp_path}/rows"), ("good", "some/hub-id", "some/hub-id"),
+                                ("good", "practice", "practice"), ("made", "new/file", f"{tmp_path}/new/file")):
+        assert jobs.plan_job(job, {"data": given}, **options).parameters["data"] == planned
+
+
+def test_broken_files_are_named(tmp_path, capsys):
+    (tmp_path / "jobs.yaml").write_text("jobs: {one: {title: One, notebook: one.ipynb, wat: 1}}")
+    assert jobs.main(["list", f"--notebooks-dir={tmp_path}"]) == 2
+    assert "jobs.yaml cannot be read" in capsys.readouterr().err
+    (tmp_path / "jobs.yaml").write_text("jobs: {one: {title: One, notebook: one.ipynb}}")
+    for content in (None, "not JSON", "{}"):
+        if content:
+            (tmp_path / "one.ipynb").write_text(content)
+        assert jobs.main(["one", f"--notebooks-dir={tmp_path}"]) == 2
+        assert "one.ipynb of a job cannot be read" in capsys.readouterr().err
+    save(tmp_path, "one", [], "size = 2 ** 4")
+    assert jobs.main(["one", f"--notebooks-dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err == "The default of size in one.ipynb must be a plain value.\n"
+
+
+def test_a_dry_run_checks_and_creates_nothing_and_needs_no_heavy_library(options, command):
+    code = ("import sys\nfrom helpers import jobs\ncode = jobs.main(sys.argv[1:])\n"
+            "print(code, [name for name in ('papermill', 'torch', 'transformers') if name in sys.modules])")
+    dry = ["fixed", "--dry-run", "-p", "rate=0.5"]
+    for words, expected in ((dry, "    rank = 4\n    rate = 0.5\n"), (["list"], "rank = 4 (fixed)")):
+        result = subprocess.run([sys.executable, "-c", code, *words, *command], capture_output=True, text=True,
+                                env=os.environ | {"PYTHONPATH": f"{jobs.ROOT}:{Path(__file__).parent}"})
+        assert expected in result.stdout and result.stdout.endswith("0 []\n"), result
+    assert not options["runs_dir"].exists()
+
+
+def test_the_project_s_own_jobs_can_be_planned_and_papermill_sees_the_same_parameters(tmp_path):
+    import papermill
+
+    for name, job in jobs.load_jobs().items():
+        assert set(papermill.inspect_notebook(job.notebook)) == set(job.declared), "is a help comment holding a '='?"
+        assert all(p.help for p in job.declared.values() if p.name not in jobs.SET_BY_JOB)
+        if not job.positional:
+            assert jobs.plan_job(name, runs_dir=tmp_path).parameters.items() >= job.parameters.items()
+
+
+# ---- runs
+
+
+def test_a_run_from_elsewhere_with_a_hostile_home(books, tmp_path):
+    """The kernel is this interpreter whatever kernels the user has; data are the caller's; home stays clean."""
+    home, runs = tmp_path / "home", tmp_path / "runs {x}"
+    spec = home / ".local/share/jupyter/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    hostile = {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}
+    spec.write_text(json.dumps(hostile))
+    (tmp_path / "it's \"rows\".jsonl").write_text("{}")
+    env = {"HOME": str(home), "JUPYTER_PATH": str(home / ".local/share/jupyter"), "NUM_GPU_WORKERS": "2"}
+    words = ["-p", "data=it's \"rows\".jsonl", "-p", "rank=8", f"--notebooks-dir={books}", "--runs-dir", runs.name]
+    process = start("run", "good", *words, cwd=tmp_path, env=env)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, ""), out
+    seen = [sys.executable, str(jobs.ROOT), str(tmp_path / "it's \"rows\".jsonl"), 8, 2e-4, None]
+    for text in (repr(seen), "'a value'", "a problem"):
+        assert text in out
+    [status] = jobs.list_runs(runs)
+    folder = runs / status["id"]
+    assert re.fullmatch(r"good-\d{8}-\d{6}-[0-9a-f]{4}", status["id"])
+    assert status.items() >= {"job": "good", "state": "succeeded", "error": None, "attempts": 1, "pid": process.pid,
+                              "notebook": "good.ipynb", "host": socket.gethostname()}.items()
+    assert status["parameters"] == {"rank": 8, "rate": 2e-4, "packed": False, "data": seen[2], "limit": None}
+    assert status["created"] <= status["started"] < status["ended"] and 0 < status["seconds"] < 60
+    assert json.loads((folder / "metrics.json").read_text()) == {"rank": 8}
+    assert repr(seen) in (folder / "log.txt").read_text()
+    cells = nbformat.read(folder / "good.ipynb", 4).cells
+    assert [cell.execution_count for cell in cells] == [1, 2, 3, 4, 5, 6]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "good.ipynb", "log.txt", "metrics.json", "status.json"]
+    assert [p for p in home.rglob("*") if p.is_file()] == [spec]
+    with pytest.raises(WorkbookError, match="has succeeded: there is nothing to resume"):
+        jobs.run_job("good", resume=status["id"], runs_dir=runs, notebooks_dir=books)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_fails_says_so(options, name, capsys):
+    status = jobs.run_job(name, **options, timeout=6 if name == "endless" else 120)
+    assert status["state"] == "failed"
+    assert re.fullmatch(FAILURES[name][1], status["error"])
+    assert [status] == jobs.list_runs(options["runs_dir"])
+    assert "Traceback" not in capsys.readouterr().out
+    assert "Traceback" in (options["runs_dir"] / status["id"] / "log.txt").read_text()
+
+
+def test_a_failed_command_prints_the_sentence_and_no_traceback(command):
+    process = start("sentence", *command)
+    out, err = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in out
+    assert err == "The file is empty: fill it.\nMore is in log.txt and sentence.ipynb there.\n"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_stopped_run_is_interrupted_and_leaves_no_process(options, command, name):
+    process, pids = start_worker(command)
+    [status] = jobs.list_runs(options["runs_dir"])
+    assert status["state"] == "running" and "pids" in (options["runs_dir"] / status["id"] / "log.txt").read_text()
+    with pytest.raises(WorkbookError, match=f"is still running .process {process.pid} "):
+        jobs.run_job("worker", resume=status["id"], **options)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=20)
+    [status] = jobs.list_runs(options["runs_dir"])
+    assert process.returncode == 130 and status["state"] == "interrupted" and status["seconds"] > 0
+    assert status["error"] == f"Stopped by {name} in code cell 3; resume with: {jobs.resume_command(status)}"
+    assert err.startswith(status["error"]) and "Traceback" not in err
+    wait_until_gone(pids)
+
+
+def test_a_killed_run_is_told_and_resumed_in_its_folder(options, command, capfd):
+    """SIGKILL leaves a status that says running, a lock file and a worker in a session of its own."""
+    process, pids = start_worker(command)
+    process.kill()
+    process.communicate()
+    wait_until_gone(pids[:1])
+    [path] = options["runs_dir"].glob("*/status.json")
+    assert json.loads(path.read_text())["state"] == "running" and (path.parent / ".lock").exists()
+    assert jobs.main(["status", *command]) == 0
+    assert re.search(r"worker-\S+ +interrupted .* Its process \d+ is gone ", capfd.readouterr().out)
+    assert json.loads(path.read_text())["state"] == "interrupted"
+
+    with pytest.raises(WorkbookError, match="was started with rank 8, not 16: leave it out to resume"):
+        jobs.run_job("worker", {"rank": 16}, resume=True, **options)
+    with FileLock(path.parent / ".lock"), pytest.raises(WorkbookError, match="is being run by another process"):
+        jobs.run_job("worker", resume=True, **options)
+    assert psutil.pid_exists(pids[1])
+    status = jobs.run_job("worker", {"rank": "8"}, resume=True, **options)
+    assert (status["id"], status["state"], status["attempts"]) == (path.parent.name, "succeeded", 2)
+    assert "resumed 8 alone\n" in capfd.readouterr().out
+    wait_until_gone(pids)
+    assert len(jobs.list_runs(options["runs_dir"])) == 1
+
+
+def test_two_at_once_have_folders_and_workers_of_their_own(options, command):
+    both = [start("many", "--workers", str(count), *command) for count in (2, 3)]
+    for count, process in zip((2, 3), both, strict=True):
+        out, err = process.communicate()
+        assert process.returncode == 0 and f"workers {count} {count}\n" in out, err
+    assert [status["state"] for status in jobs.list_runs(options["runs_dir"])] == ["succeeded"] * 2
+
+
+def test_a_path_as_a_bare_word(options, command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert jobs.main(["adapter", "--workers", "1", "mine", *command]) == 0
+    assert f"\n{tmp_path / 'mine'}\n" in capsys.readouterr().out
+
+
+def test_an_id_that_exists_is_never_overwritten(options):
+    plan = jobs.plan_job("good", **options)
+    plan.run_dir.mkdir(parents=True)
+    with pytest.raises(FileExistsError):
+        jobs.execute(plan)
+    assert plan.run_dir.exists() and not list(plan.run_dir.iterdir())
+
+
+# ---- status
+
+
+@pytest.fixture
+def run_dir(options) -> Path:
+    folder = options["runs_dir"] / "good-20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    me = psutil.Process()
+    status = {"job": "good", "id": folder.name, "state": "running", "error": None, "attempts": 1, "parameters": {},
+              "pid": me.pid, "pid_created": me.create_time(), "host": socket.gethostname(), "notebook": "good.ipynb",
+              "created": jobs.now(), "started": jobs.now(), "ended": None, "seconds": None}
+    return jobs.write_status(folder, status) and folder
+
+
+def change(folder: Path, **values) -> None:
+    jobs.write_status(folder, json.loads((folder / "status.json").read_text()) | values)
+
+
+def test_a_pid_that_is_used_again_is_not_the_run(run_dir):
+    assert jobs.read_run(run_dir)["state"] == "running"
+    change(run_dir, pid_created=psutil.Process().create_time() - 60)
+    with FileLock(run_dir / ".lock"):
+        assert jobs.read_run(run_dir)["state"] == "running"  # its runner is writing its last word
+    change(run_dir, host="elsewhere")
+    assert jobs.read_run(run_dir)["state"] == "running"  # cannot be known from here
+    change(run_dir, host=socket.gethostname(), state="queued")
+    assert jobs.read_run(run_dir)["state"] == "interrupted"
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "interrupted"
+
+
+def test_a_status_that_cannot_be_read_is_named(run_dir, command, capsys):
+    (run_dir / "status.json").write_text("{")
+    assert jobs.main(["status", *command]) == 2
+    assert f"{run_dir}/status.json cannot be read" in capsys.readouterr().err
+
+
+def test_one_status_is_json(run_dir, command, capsys):
+    assert jobs.main(["status", run_dir.name, *command]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "running"
+
+
+def test_a_full_disk_fails_the_run_and_the_status_says_so(run_dir, options):
+    """/dev/full answers every write with ENOSPC: the notebook cannot be saved, nor a status beside the old one."""
+    change(run_dir, state="failed")
+    (run_dir / "good.ipynb").symlink_to("/dev/full")
+    status = jobs.run_job("good", resume=True, **options)
+    assert status["state"] == "failed" and status["error"].startswith("The disk is full: free some space (OSError: ")
+    (run_dir / f".status.{os.getpid()}").symlink_to("/dev/full")
+    jobs.write_status(run_dir, status | {"error": "short"})
+    assert json.loads((run_dir / "status.json").read_text()) == status | {"error": "short"}
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(options):
+    plan = jobs.plan_job("good", **options)
+    plan.run_dir.parent.mkdir(parents=True)
+    writer = jobs.write_status
+    try:
+        def on_full_disk(folder, status):
+            (folder / f".status.{os.getpid()}").symlink_to("/dev/full")
+            return writer(folder, status)
+
+        jobs.write_status = on_full_disk
+        with pytest.raises(OSError, match="No space left on device"):
+            jobs.execute(plan)
+    finally:
+        jobs.write_status = writer
+    assert not list(options["runs_dir"].iterdir())
