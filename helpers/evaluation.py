@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from helpers import WorkbookError
 from helpers.tasks import Task
 
 # ------------------------------------------------------------------------------------------------------- generation
@@ -203,9 +204,9 @@ def _schema(context: str) -> list[tuple[str, list[tuple[str, bool]]]]:
     tables = []
     for tree in sqlglot.parse(context, dialect="sqlite"):
         if isinstance(tree, exp.Create):
-            columns = [(column.name, (column.args.get("kind") is not None
-                                      and column.args["kind"].sql().upper().startswith(("INT", "REAL", "NUM", "FLOAT", "DOUB", "DEC"))))
-                       for column in tree.find_all(exp.ColumnDef)]
+            numeric = ("INT", "REAL", "NUM", "FLOAT", "DOUB", "DEC")
+            kinds = [(column.name, column.args.get("kind")) for column in tree.find_all(exp.ColumnDef)]
+            columns = [(name, kind is not None and kind.sql().upper().startswith(numeric)) for name, kind in kinds]
             tables.append((tree.this.this.name, columns))
     return tables
 
@@ -268,6 +269,7 @@ def fill_databases(context: str, queries: list[str], seed: int = 0, databases: i
             marks = ", ".join("?" * len(columns))
             chosen = [[_random_value(rng, name.lower(), number, compared, texts, numbers) for name, number in columns]
                       for _ in range(count)]
+            chosen += rng.choices(chosen, k=count // 2)  # rows that stand twice show a missing or needless DISTINCT
             connection.executemany(f'INSERT INTO "{table}" VALUES ({marks})', chosen)
         connections.append(connection)
     return connections
@@ -279,7 +281,9 @@ def _random_value(rng: random.Random, column: str, number: bool, compared, texts
         return rng.choice(own)
     if own and rng.random() < 0.4:
         value = rng.choice(own)
-        return value + rng.choice([-1, 1]) if not isinstance(value, str) else rng.choice([value.upper(), value.lower(), value + "s"])
+        if isinstance(value, str):
+            return rng.choice([value.upper(), value.lower(), value + "s"])
+        return value + rng.choice([-1, 1])
     if number:
         return rng.choice(numbers) if numbers and rng.random() < 0.15 else rng.randint(1, 9)
     if texts and rng.random() < 0.15:
@@ -348,12 +352,21 @@ def exact(answer: str, reference: str) -> float:
 
 
 def score(task: Task, answers: list[str], rows: list[dict[str, str]]) -> list[dict[str, float]]:
-    """Per-row metrics of a task's answers: each a number in [0, 1], by metric name."""
+    """Per-row metrics of a task's answers: each a number in [0, 1], by metric name.
+
+    Raises WorkbookError when a row's own reference query does not run.
+    """
+    from sqlglot.errors import SqlglotError
+
     scored = []
     for answer, row in zip(answers, rows, strict=True):
         reference = task.completion(row)
         if task.name == "sql":
-            same, valid = sql_execution(answer, reference, row["context"])
+            try:
+                same, valid = sql_execution(answer, reference, row["context"])
+            except (sqlite3.Error, SqlglotError) as error:
+                raise WorkbookError(f"The reference query {reference[:80]!r} does not run on its own table ({error}): correct "
+                                    "that validation row or remove it.") from error
             scored.append({"exact": float(sql_exact(answer, reference)), "execution": float(same), "valid": float(valid)})
         else:
             scored.append({"exact": exact(answer, reference), "chrf": chrf(answer, reference),

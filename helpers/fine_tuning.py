@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -169,7 +170,7 @@ def fine_tune(config: FineTuneConfig, run_dir: Path, workers: int = 1, resume: b
         return train(config, run_dir)
     from helpers.workers import launch_local
 
-    launch_local([sys.executable, "-m", "helpers.fine_tuning", str(run_dir)], workers, run_dir / "workers")
+    launch_local("helpers.fine_tuning", [str(run_dir)], workers, run_dir / "workers")
     return json.loads((run_dir / "trained" / "result.json").read_text())
 
 
@@ -225,10 +226,15 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     that generation will), gradient checkpointing is off unless asked for, rows of like length share a batch, and the
     output head only computes the positions that are scored.
     """
+    import warnings
+
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig
+
+    # TRL 1.16 and PEFT 0.21 use argument names that transformers 5.23 has renamed; a reader can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecated and will be removed in v6.*")
 
     modules = [name.strip() for name in config.target_modules.split(",") if name.strip()]
     found = base_models.lora_target_modules(model)
@@ -255,7 +261,7 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
         gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length, packing=config.packing,
         packing_strategy="wrapped", dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
-        train_sampling_strategy="random" if config.packing else "group_by_length", remove_unused_columns=False,
+        remove_unused_columns=False,
         logging_steps=max(1, steps // 100), save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False)
     if not config.completion_only:
@@ -263,6 +269,11 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     extra = {} if config.packing else {"data_collator": Collator(tokenizer.pad_token_id)}
     trainer = _trainer_class()(model=model, args=arguments, train_dataset=Dataset.from_list(encoded),
                                processing_class=tokenizer, **extra)
+    # TRL 1.16 turns the adapter of a 4-bit base into bfloat16. Steps smaller than its 8 bits of mantissa are then lost, CPUs
+    # without AMX slow down, and a resumed run (whose weights load as float32) takes another path. So: float32 throughout.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     trainer.remove_callback(_printer_callback())
     trainer.add_callback(_progress_callback()())
     if trainer.accelerator.num_processes != world:
@@ -290,6 +301,36 @@ class Collator:
             batch["labels"][i, :length] = torch.tensor(row["labels"])
             batch["attention_mask"][i, :length] = 1
         return batch
+
+
+class LengthSampler:
+    """Row indices of an epoch: rows of like length stand together, batches come in random order.
+
+    The order follows from seed and epoch alone. transformers' own length-grouped sampler draws from torch's global state,
+    so that a resumed run would see other batches than the run it continues.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        order = rng.sample(range(len(self.lengths)), len(self.lengths))
+        pool = 50 * self.batch_size  # sorting everything would show the same neighbours in every epoch
+        batches = []
+        for start in range(0, len(order), pool):
+            near = sorted(order[start:start + pool], key=self.lengths.__getitem__)
+            batches += [near[i:i + self.batch_size] for i in range(0, len(near), self.batch_size)]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]  # at most one, and it must come last
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        rng.shuffle(whole)
+        return iter([i for batch in whole + rest for i in batch])
 
 
 def completion_loss(model, inputs: dict, count=None):
@@ -321,6 +362,16 @@ def _trainer_class():
     class CompletionTrainer(SFTTrainer):
         """SFTTrainer whose loss skips the prompt's logits. Packed rows keep TRL's own loss."""
 
+        def _get_train_sampler(self, train_dataset=None):
+            rows = self.train_dataset if train_dataset is None else train_dataset
+            if self.args.packing:
+                return super()._get_train_sampler(train_dataset)
+            # One optimizer step's rows, over all workers and accumulated passes, have like lengths.
+            together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+            sampler = LengthSampler([len(ids) for ids in rows["input_ids"]], together, self.args.data_seed)
+            progress_of(self).sampler = sampler
+            return sampler
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if self.args.packing or return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -345,6 +396,8 @@ def _progress_callback():
     class Progress(TrainerCallback):
         """Prints a line now and then, notes the seconds of all attempts, and marks checkpoints that are complete."""
 
+        sampler = None
+
         def on_train_begin(self, args, state, control, **kwargs):
             self.begin, self.first_step, self.shown = time.perf_counter(), state.global_step, 0.0
             self.before = 0.0
@@ -354,6 +407,11 @@ def _progress_callback():
 
         def seconds(self) -> float:
             return self.before + time.perf_counter() - self.begin
+
+        def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+            # accelerate's loaders don't reach a sampler behind both a skip and a shard (a resumed run of several workers).
+            if self.sampler is not None:
+                self.sampler.set_epoch(int(state.epoch or 0))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             now = time.perf_counter()
@@ -374,6 +432,11 @@ def _progress_callback():
     return Progress
 
 
+def progress_of(trainer):
+    """The trainer's Progress callback."""
+    return next(callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ == "Progress")
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end (a killed run can leave a part of one), or None."""
     complete = [path.parent for path in Path(folder).glob("checkpoint-*/complete.json")]
@@ -383,7 +446,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _finish_training(config, trainer, run_dir: Path, rows: data.Rows, used: int, left_out: int, world: int) -> dict:
     import torch
 
-    progress = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "Progress")
+    progress = progress_of(trainer)
     log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     tail = [loss for _, loss in log[-max(1, len(log) // 10):]]
     result = {
@@ -472,6 +535,7 @@ def model_card(record: dict, examples: list[dict]) -> str:
     config = record["config"]
     task = tasks.get_task(config["task"])
     base = base_models.resolve(config["base_model"])
+    rows_a_step = config["batch_size"] * config["gradient_accumulation"] * record["workers"]
     lines = ["---", f"base_model: {base.hub_id or base.name}", "library_name: peft", "pipeline_tag: text-generation",
              "tags: [lora]", "---", "",
              f"# {task.title}: a LoRA adapter for {base.name}", "",
@@ -481,9 +545,9 @@ def model_card(record: dict, examples: list[dict]) -> str:
              f"| data | {record['data_source']}: {record['rows']:,} training rows, licence {record['data_licence']} |",
              f"| LoRA | rank {config['rank']}, alpha {config['alpha']}, dropout {config['dropout']:g}, "
              f"{record['trained_parameters']:,} parameters |",
-             f"| training | {record['steps']:,} steps of {config['batch_size'] * config['gradient_accumulation'] * record['workers']}"
-             f" rows, learning rate {config['learning_rate']:g} {config['schedule']}, {config['optimizer']}, base weights "
-             f"{config['precision']}, computing in {record['dtype']}, seed {config['seed']} |",
+             f"| training | {record['steps']:,} steps of {rows_a_step} rows, learning rate {config['learning_rate']:g} "
+             f"{config['schedule']}, {config['optimizer']}, base weights {config['precision']}, computing in "
+             f"{record['dtype'].removeprefix('torch.')}, seed {config['seed']} |",
              f"| hardware | {record['hardware']}, {record['workers']} worker(s), {record['training_seconds'] / 60:.1f} minutes |",
              "| adapter licence | Apache-2.0 for the weights; the base model's and the data's licences apply too |"]
     if record.get("command"):

@@ -1,0 +1,60 @@
+# make run: the main job, end to end.  make test: every check.  Both set up what they need first.
+# PYTHON=…            the Python (3.11 or newer) that makes the virtual environment
+# ARGS="-p rank=8"    more arguments for `make run`
+SHELL := /bin/bash
+CANDIDATES := python3 python3.11 python3.12 python3.13
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+LESSONS := $(sort $(wildcard notebooks/0*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
+EXECUTE := $(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
+
+.PHONY: setup run test lint unit notebooks-test exercises lab notebooks lock clean
+
+setup: $(READY)
+
+# A torch that the chosen Python already has (a GPU machine's own build) is used; otherwise the pinned one is installed.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found: install one, or say make PYTHON=/path/to/python"; exit 2; }
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  echo "Using the torch that $(PYTHON) has."; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	else $(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; fi
+	@echo "Installing (once; a few minutes) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	@$(PY) -m helpers.base_models
+	@touch $(READY)
+
+run: setup
+	@$(PY) -m helpers.jobs run sql $(ARGS)
+
+test: setup lint unit notebooks-test
+
+lint: setup
+	$(PY) -m ruff check helpers tests notebooks
+	$(PY) notebooks/exercises/make_exercises.py --check
+
+unit: setup
+	$(PY) -m pytest tests -q
+
+# Every notebook runs and its stored outputs are compared; see CONTRIBUTING in README for what is compared and what is not.
+notebooks-test: setup
+	CUSTOM_LORA_ADAPTERS_DIR=$$(mktemp -d) $(PY) -m pytest --nbval --nbval-cell-timeout=1800 --timeout=3600 -q $(LESSONS)
+
+exercises: setup
+	$(PY) notebooks/exercises/make_exercises.py
+
+# JupyterLab listens on this machine only and asks for the token that it prints.
+lab: setup
+	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --notebook-dir=notebooks
+
+notebooks: setup exercises
+	@for notebook in $(LESSONS); do $(EXECUTE) $$notebook || exit 1; done
+
+lock: setup
+	@{ echo "# The exact versions that the tests ran with (Python 3.11, CPU). Made by: make lock"; \
+	  $(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.tmp && mv constraints.txt.tmp constraints.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,54 @@
+"""Shared fixtures: a tiny base model in a local folder in the hub's form, made from a config with random weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_tiny(folder: Path, architecture: str = "llama") -> Path:
+    """A random model of that architecture with the embedded base model's tokenizer: real code paths, little arithmetic."""
+    import torch
+    from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
+
+    from helpers import base_models
+
+    tokenizer = base_models.load_tokenizer()
+    common = {"vocab_size": len(tokenizer), "hidden_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = (BloomConfig(n_layer=2, n_head=4, **common) if architecture == "bloom" else
+              LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+                          max_position_embeddings=512, tie_word_embeddings=True, **common))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom(tmp_path_factory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-bloom", "bloom")
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """Run `python -m helpers.jobs …` as a user would, with its own runs and adapters folders."""
+
+    def call(*arguments, **options):
+        environment = {**os.environ, "CUSTOM_LORA_ADAPTERS_DIR": str(tmp_path / "adapters"), "OMP_NUM_THREADS": "1",
+                       **options.pop("env", {})}
+        command = [sys.executable, "-m", "helpers.jobs", *map(str, arguments), "--runs-dir", str(tmp_path / "runs")]
+        if options.pop("background", False):
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                    text=True)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+    return call

@@ -1,0 +1,119 @@
+"""Tasks and rows: templates as designed, splits that do not leak, and bad files named by line."""
+
+import gzip
+import json
+
+import pytest
+
+from helpers import WorkbookError, base_models, data
+from helpers.tasks import TASKS, Task, get_task, register
+
+ROW = {"context": "CREATE TABLE t (a INTEGER)", "question": "How many?", "answer": "SELECT COUNT(*) FROM t"}
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return str(path)
+
+
+def test_templates_are_the_designs():
+    assert TASKS["sql"].prompt(ROW) == "<TABLE>: CREATE TABLE t (a INTEGER)\n<QUESTION>: How many?\n<SQL>: "
+    assert TASKS["detox"].prompt({"toxic": "x {y}"}) == "<Toxic>: x {y}\n<Neutral>: "
+    row = {"instruction": "Do it.", "input": "with this"}
+    assert TASKS["instruct"].prompt(row) == "<Instruction>: Do it.\n<Input>: with this\n<Response>: "
+    assert TASKS["instruct"].prompt({"instruction": "Do it.", "input": ""}) == "<Instruction>: Do it.\n<Response>: "
+
+
+def test_unknown_task_and_missing_column():
+    with pytest.raises(WorkbookError, match="did you mean detox"):
+        get_task("detx")
+    with pytest.raises(WorkbookError, match="needs the column 'question'"):
+        TASKS["sql"].prompt({"context": "c"})
+
+
+def test_a_task_of_ones_own_works_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.tasks.TASKS", dict(TASKS))
+    register(Task(name="titles", title="Titles", columns=("article",), target="headline",
+                  template="<Article>: {article}\n<Headline>: "))
+    path = write(tmp_path / "t.jsonl", *({"article": f"text {i}", "headline": "h"} for i in range(60)))
+    rows = data.load_rows("titles", path)
+    assert get_task("titles").prompt(rows.rows[0]).startswith("<Article>: text")
+    with pytest.raises(WorkbookError, match="template's fields"):
+        Task(name="bad", title="", columns=("a", "b"), target="c", template="{b} {a}")
+
+
+@pytest.mark.parametrize(("lines", "expected"), [
+    (["{bad"], r"rows\.jsonl, line 1 is not valid JSON"),
+    ([ROW, ""], r"line 2 is empty"),
+    ([ROW, {"context": "c", "question": "q"}], r"line 2 has no field 'answer'"),
+    ([ROW, ROW, {**ROW, "question": 3}], r"line 3: the field 'question' is a int: it must be text"),
+    ([{**ROW, "answer": "  "}], r"line 1: the field 'answer' is empty"),
+    ([[1]], r"line 1 is a JSON list"),
+    ([{**ROW, "split": "test"}], r"split is 'test'"),
+    (["[" * 100_000], r"line 1 is not valid JSON"),
+])
+def test_bad_lines_are_named(tmp_path, lines, expected):
+    with pytest.raises(WorkbookError, match=expected) as caught:
+        data.load_rows("sql", write(tmp_path / "rows.jsonl", *lines))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(WorkbookError, match="does not exist"):
+        data.load_rows("sql", str(tmp_path / "none.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(WorkbookError, match="is empty"):
+        data.load_rows("sql", str(tmp_path / "empty.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"context": "caf\xe9"}')
+    with pytest.raises(WorkbookError, match="not UTF-8"):
+        data.load_rows("sql", str(tmp_path / "latin.jsonl"))
+    whole = gzip.compress(json.dumps(ROW).encode() * 100)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WorkbookError, match="not a complete gzip file"):
+        data.load_rows("sql", str(tmp_path / "cut.jsonl.gz"))
+
+
+def test_a_split_never_shares_a_table(tmp_path):
+    rows = [{**ROW, "context": f"CREATE TABLE t{i % 97} (a INTEGER)", "question": f"q{i}"} for i in range(970)]
+    path = write(tmp_path / "r.jsonl", *rows)
+    train, validation = data.load_rows("sql", path), data.load_rows("sql", path, "validation")
+    assert len(train.rows) + len(validation.rows) == 970
+    assert len(validation.rows) > 0
+    assert not {r["context"] for r in train.rows} & {r["context"] for r in validation.rows}
+    own = write(tmp_path / "own.jsonl", {**ROW, "split": "validation"}, {**ROW, "split": "train"})
+    assert len(data.load_rows("sql", own, "validation").rows) == 1
+
+
+def test_fraction_and_count_choose_by_seed(tmp_path):
+    path = write(tmp_path / "r.jsonl", *({**ROW, "question": f"q{i}", "split": "train"} for i in range(100)))
+    assert len(data.load_rows("sql", path, fraction=0.3).rows) == 30
+    first = data.load_rows("sql", path, n=10, seed=1)
+    assert first.total == 100
+    assert first.rows == data.load_rows("sql", path, n=10, seed=1).rows != data.load_rows("sql", path, n=10, seed=2).rows
+    with pytest.raises(WorkbookError, match="data_fraction"):
+        data.load_rows("sql", path, fraction=0)
+
+
+def test_hub_columns_are_mapped_from_a_local_folder(tmp_path):
+    rows = [{"en_toxic_comment": f"rude {i}", "en_neutral_comment": "kind"} for i in range(80)]
+    write(tmp_path / "train.jsonl", *rows)
+    loaded = data.load_rows("detox", f"hub:{tmp_path}")
+    assert loaded.rows[0].keys() == {"toxic", "neutral"}
+    with pytest.raises(WorkbookError, match="has no column"):
+        data.load_rows("sql", f"hub:{tmp_path}")
+
+
+def test_prompt_tokens_are_the_same_in_training_and_in_use():
+    tokenizer = base_models.load_tokenizer()
+    task = TASKS["sql"]
+    prompt = data.encode(tokenizer, task.prompt(ROW))["input_ids"]
+    row = data.encode(tokenizer, task.prompt(ROW), task.completion(ROW))
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert row["labels"][: len(prompt)] == [-100] * len(prompt)
+    assert row["labels"][len(prompt):] == row["input_ids"][len(prompt):]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    assert data.encode_rows(tokenizer, task, [ROW], 512) == ([row], 0)
+    long = {**ROW, "question": "why " * 600}
+    assert data.encode_rows(tokenizer, task, [ROW, long], 512)[1] == 1
+    with pytest.raises(WorkbookError, match="All 1 rows are longer than max_length=512"):
+        data.encode_rows(tokenizer, task, [long], 512)

@@ -1,0 +1,232 @@
+"""Fine-tuning: configs checked before anything is loaded, the loss is the loss, killed runs go on, adapters publish whole."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import WorkbookError, base_models, data, fine_tuning, tasks
+from helpers.practice import practice_rows
+
+
+def config(tiny, **changes):
+    settings = {"task": "sql", "base_model": str(tiny), "max_rows": 64, "max_steps": 6, "checkpoint_steps": 2, **changes}
+    return fine_tuning.FineTuneConfig.from_parameters(**settings)
+
+
+def test_presets_fill_what_is_left_open():
+    default = fine_tuning.FineTuneConfig.from_parameters(task="sql")
+    assert (default.precision, default.rank, default.packing) == ("4bit", 16, False)
+    reference = fine_tuning.FineTuneConfig.from_parameters(task="instruct", preset="reference", rank=4)
+    assert (reference.packing, reference.data_fraction, reference.rank, reference.alpha) == (True, 0.3, 4, 32)
+    assert reference.optimizer == "paged_adamw_32bit"
+    assert fine_tuning.FineTuneConfig.from_parameters(task="detox", preset="reference").epochs == 4.0
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"task": "slq"}, "did you mean sql"), ({"preset": "fast"}, "preset 'fast'"), ({"rank": -1}, "rank is -1"),
+    ({"learning_rate": 5.0}, "learning_rate is 5.0"), ({"precision": "8bit"}, "precision is '8bit'"),
+    ({"base_model": "gpt-9"}, "base_model 'gpt-9' is unknown"), ({"data": "no.jsonl"}, "not an existing file"),
+    ({"max_rows": -7}, "max_rows is -7"), ({"dropout": 1.5}, "dropout is 1.5"), ({"rang": 3}, "'rang' is unknown"),
+    ({"optimizer": "sgd"}, "optimizer is 'sgd'"), ({"data_fraction": 2.0}, "data_fraction is 2.0"),
+])
+def test_wrong_values_are_named_before_anything_is_loaded(wrong, said):
+    with pytest.raises(WorkbookError, match=said):
+        fine_tuning.FineTuneConfig.from_parameters(**{"task": "sql", **wrong})
+
+
+@pytest.mark.parametrize("architecture", ["tiny", "tiny_bloom"])
+def test_the_loss_equals_the_models_own(architecture, request):
+    """Dropping the prompt's logits changes neither loss nor gradients, in either architecture."""
+    model, tokenizer = base_models.load(str(request.getfixturevalue(architecture)), dtype=torch.float32, device="cpu")
+    encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 6), 512)
+    batch = fine_tuning.Collator(tokenizer.pad_token_id)(encoded)
+    weight = model.get_input_embeddings().weight
+    results = []
+    for loss_of in (lambda: model(**batch).loss, lambda: fine_tuning.completion_loss(model, batch)):
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        results.append((loss.item(), weight.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-4)
+    assert not model.get_output_embeddings()._forward_pre_hooks, "the hook was left behind"
+
+
+def test_accumulated_batches_train_like_one_large_batch(tiny, tmp_path):
+    once = fine_tuning.fine_tune(config(tiny, batch_size=8), tmp_path / "once")
+    twice = fine_tuning.fine_tune(config(tiny, batch_size=4, gradient_accumulation=2), tmp_path / "twice")
+    for (_, a), (_, b) in zip(once["loss_log"], twice["loss_log"], strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_a_run_learns_is_repeatable_and_its_adapter_is_what_was_trained(tiny, tmp_path):
+    chosen = config(tiny, max_steps=30, learning_rate=3e-2, precision="full")
+    first = fine_tuning.fine_tune(chosen, tmp_path / "first")
+    assert first["final_loss"] < first["loss_log"][0][1] - 0.1, "the loss did not fall"
+    assert fine_tuning.fine_tune(chosen, tmp_path / "again")["loss_log"] == first["loss_log"]
+    trained, tokenizer = fine_tuning.load_trained(chosen, tmp_path / "first")
+    encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 64), 512)
+    batch = fine_tuning.Collator(tokenizer.pad_token_id)(encoded)
+    with torch.inference_mode():
+        with_adapter = fine_tuning.completion_loss(trained, batch).item()
+        with trained.disable_adapter():
+            without = fine_tuning.completion_loss(trained, batch).item()
+    assert with_adapter < without - 0.1
+    with pytest.raises(WorkbookError, match="already holds a training run"):
+        fine_tuning.fine_tune(chosen, tmp_path / "first")
+    with pytest.raises(WorkbookError, match="was made with seed=0, not 1"):
+        fine_tuning.fine_tune(config(tiny, max_steps=30, learning_rate=3e-2, precision="full", seed=1), tmp_path / "first",
+                              resume=True)
+
+
+def test_the_adapter_of_a_4bit_base_trains_in_float32(tiny, tmp_path):
+    chosen = config(tiny)
+    model, tokenizer = base_models.load(str(tiny), "4bit")
+    encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 8), 512)
+    trainer = fine_tuning.make_trainer(chosen, model, tokenizer, encoded, tmp_path)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_every_epoch_has_its_own_order_and_every_row_once():
+    lengths = [random.Random(i).randint(5, 100) for i in range(1003)]
+    sampler = fine_tuning.LengthSampler(lengths, 8, seed=1)
+    first, again = list(sampler), list(sampler)
+    assert first == again and sorted(first) == list(range(1003))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    batches = [first[i:i + 8] for i in range(0, 1000, 8)]
+    waste = sum(8 * max(lengths[i] for i in b) - sum(lengths[i] for i in b) for b in batches) / sum(lengths)
+    assert waste < 0.1, "batches of like length waste little padding"
+
+
+def test_only_a_complete_checkpoint_is_resumed(tmp_path):
+    for step, complete in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "complete.json").write_text("{}")
+    assert fine_tuning.last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert fine_tuning.last_checkpoint(tmp_path / "none") is None
+
+
+def test_two_workers_train_together(tiny, tmp_path):
+    result = fine_tuning.fine_tune(config(tiny, batch_size=4, max_steps=4), tmp_path / "run", workers=2)
+    alone = fine_tuning.fine_tune(config(tiny, batch_size=8, max_steps=4), tmp_path / "alone")
+    assert result["workers"] == 2
+    assert result["final_loss"] == pytest.approx(alone["final_loss"], rel=0.05)  # the same rows, split over the ranks
+    logs = [log.read_text() for log in (tmp_path / "run" / "workers").rglob("stdout.log")]
+    assert len(logs) == 2, "the log of every rank is kept"
+
+
+def test_a_workers_error_is_the_error(tiny, tmp_path):
+    wrong = config(tiny, target_modules="query_key_value")
+    with pytest.raises(WorkbookError, match="A worker failed: target_modules names 'query_key_value'"):
+        fine_tuning.fine_tune(wrong, tmp_path / "run", workers=2)
+
+
+def test_publishing_is_all_or_nothing(tiny, tmp_path, monkeypatch):
+    chosen = config(tiny, max_steps=2)
+    fine_tuning.fine_tune(chosen, tmp_path / "run")
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+    metrics = {"evaluation": {"rows": 10, "source": "practice", "main": "exact", "base": {"exact": estimate},
+                              "adapter": {"exact": {**estimate, "value": 0.75}}}}
+    target = tmp_path / "adapters" / "mine"
+    with monkeypatch.context() as broken:
+        broken.setattr(fine_tuning, "model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(WorkbookError, match="its disk is full"):
+            fine_tuning.publish(tmp_path / "run", target, metrics)
+    assert list(target.parent.iterdir()) == [], "a half-written adapter was left behind"
+    fine_tuning.publish(tmp_path / "run", target, metrics)
+    assert sorted(p.name for p in target.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors",
+                                                        "metrics.json"]
+    card = (target / "README.md").read_text()
+    assert "| adapter | 0.750 [0.400, 0.600] |" in card and "base_model: tiny-llama" in card and str(tmp_path) not in card
+    assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama"
+    with pytest.raises(WorkbookError, match="already exists"):
+        fine_tuning.publish(tmp_path / "run", target, metrics)
+
+
+def small(tiny):
+    given = {"base_model": tiny, "max_rows": 64, "max_steps": 60, "checkpoint_steps": 5, "dropout": 0.1, "eval_rows": 2}
+    return [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
+
+
+def the_run(tmp_path, exclude=()):
+    return next(p for p in (tmp_path / "runs").iterdir() if p.name not in exclude and (p / "status.json").exists())
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_job_goes_on_and_ends_with_the_same_loss(tiny, tmp_path, jobs, kill):
+    process = jobs("run", "sql", *small(tiny), background=True)
+    deadline = time.time() + 240
+    while not list((tmp_path).glob("runs/*/checkpoints/checkpoint-*/complete.json")):
+        assert time.time() < deadline and process.poll() is None, process.communicate()[0][-2000:]
+        time.sleep(0.02)
+    os.kill(process.pid, kill)
+    process.communicate(timeout=60)
+    interrupted = the_run(tmp_path)
+    assert not (interrupted / "trained").exists(), "the run was over before it was killed"
+    assert not list((tmp_path / "adapters").glob("*")), "an interrupted run published something"
+    jobs("status")
+    assert json.loads((interrupted / "status.json").read_text())["state"] == "interrupted"
+    resumed = jobs("run", "sql", "--resume")
+    assert resumed.returncode == 0 and "Going on from checkpoint-" in resumed.stdout, resumed.stdout[-2000:] + resumed.stderr
+    whole = jobs("run", "sql", *small(tiny))
+    assert whole.returncode == 0, whole.stdout[-2000:]
+    losses = [json.loads((folder / "trained" / "result.json").read_text())["loss_log"]
+              for folder in (interrupted, the_run(tmp_path, exclude=[interrupted.name]))]
+    assert len(losses[0]) == len(losses[1]) == 60
+    assert losses[0] == losses[1], "the resumed run took another path"
+
+
+@pytest.mark.parametrize("task", ["instruct", "detox"])
+def test_the_other_tasks_run_end_to_end(task, tiny, tmp_path, jobs):
+    result = jobs("run", task, "-p", f"base_model={tiny}", "-p", "max_steps=3", "-p", "eval_rows=3", "-p", "max_rows=32")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+    metrics = json.loads((the_run(tmp_path) / "metrics.json").read_text())
+    assert metrics["steps"] == 3 and set(metrics["evaluation"]["adapter"]) == {"exact", "chrf", "rouge_l"}
+
+
+def test_the_reference_recipe_runs_on_a_bloom(tiny_bloom, tmp_path, jobs):
+    result = jobs("run", "sql", "-p", f"base_model={tiny_bloom}", "-p", "preset=reference", "-p", "max_steps=2",
+                  "-p", "max_rows=200", "-p", "eval_rows=2")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+    adapter = next((tmp_path / "adapters").iterdir())
+    assert json.loads((adapter / "adapter_config.json").read_text())["target_modules"] == [
+        "dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["run", "sqll"], "sql"), (["run", "sql", "-p", "rnk=3"], "rank"), (["run", "sql", "-p", "rank=x"], "rank"),
+    (["run", "sql", "-p", "base_model=nope"], "base_model 'nope' is unknown"),
+    (["run", "sql", "-p", "data=nope.jsonl"], "not an existing file"),
+    (["run", "sql", "--workers", "0"], "whole number"),
+])
+def test_bad_input_is_one_sentence_and_creates_nothing(arguments, said, tmp_path, jobs):
+    result = jobs(*arguments)
+    assert result.returncode == 2 and said in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_an_output_folder_that_exists_is_refused_at_once(tmp_path, jobs):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    result = jobs("run", "sql", "-p", f"adapter_dir={tmp_path / 'taken'}")
+    assert result.returncode == 2 and "already exists" in result.stderr
+    assert Path(tmp_path / "taken" / "file").read_text() == "mine"
+
+
+def test_rows_longer_than_the_context_end_in_one_sentence(tiny, tmp_path, jobs):
+    row = {"context": "CREATE TABLE t (a INTEGER)", "question": "why " * 700, "answer": "SELECT a FROM t"}
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({**row, "split": split}) + "\n" for split in ("train", "validation")))
+    result = jobs("run", "sql", "-p", f"base_model={tiny}", "-p", f"data={path}", "-p", "eval_rows=1")
+    assert result.returncode == 1 and "All 1 rows are longer than max_length=512" in result.stderr + result.stdout
+    assert not list((tmp_path / "adapters").glob("*"))
