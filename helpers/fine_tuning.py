@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # from: every token is scored, documents are packed end to end at 1,024 tokens, one epoch count and share per task.
 PRESETS: dict[str, dict] = {
     "default": dict(precision="4bit", rank=16, alpha=32, dropout=0.0, learning_rate=2e-3, schedule="cosine", epochs=1.0,
-                    max_rows=1024, data_fraction=1.0, batch_size=8, gradient_accumulation=1, max_length=512,
+                    max_rows=640, data_fraction=1.0, batch_size=8, gradient_accumulation=1, max_length=512,
                     packing=False, optimizer="adamw_torch", completion_only=True),
     "full_data": dict(precision="full", rank=8, alpha=16, dropout=0.0, learning_rate=2e-3, schedule="cosine",
                       epochs=4.0, max_rows=-1, data_fraction=1.0, batch_size=128, gradient_accumulation=1,
