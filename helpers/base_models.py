@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -373,6 +374,8 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
+    # TRL 1.16 and PEFT 0.21 use argument names that transformers 5.23 has renamed; a reader can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecated and will be removed in v6.*")
     if precision not in ("full", "4bit"):
         raise WorkbookError(f"precision is {precision!r}: it must be 'full' or '4bit'.")
     device = torch.device(device) if device is not None else best_device()

@@ -226,15 +226,10 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     that generation will), gradient checkpointing is off unless asked for, rows of like length share a batch, and the
     output head only computes the positions that are scored.
     """
-    import warnings
-
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig
-
-    # TRL 1.16 and PEFT 0.21 use argument names that transformers 5.23 has renamed; a reader can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecated and will be removed in v6.*")
 
     modules = [name.strip() for name in config.target_modules.split(",") if name.strip()]
     found = base_models.lora_target_modules(model)

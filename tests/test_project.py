@@ -1,5 +1,6 @@
 """The project holds together: dependency lists agree, notebooks are committed as a reader should meet them."""
 
+import ast
 import json
 import re
 import statistics
@@ -44,10 +45,11 @@ def test_every_dependency_has_its_reason():
 
 def test_imports_point_one_way():
     """No helper imports another that (directly or not) imports it, and the cheap ones stay cheap."""
-    imports = {path.stem: set(re.findall(r"(?:from helpers\.(\w+) import|from helpers import ([\w, ]+))", path.read_text()))
-               for path in (ROOT / "helpers").glob("*.py")}
-    graph = {name: {part.strip() for pair in found for group in pair for part in group.split(",") if part.strip()} - {"WorkbookError"}
-             for name, found in imports.items()}
+    graph = {}
+    for path in (ROOT / "helpers").glob("*.py"):
+        found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        graph[path.stem] = {node.module.removeprefix("helpers.") for node in found if node.module.startswith("helpers.")}
+        graph[path.stem] |= {alias.name for node in found if node.module == "helpers" for alias in node.names} - {"WorkbookError"}
 
     def reaches(start, goal, seen=()):
         return any(step == goal or (step not in seen and reaches(step, goal, (*seen, step))) for step in graph.get(start, ()))
