@@ -38,7 +38,7 @@ lint: setup
 unit: setup
 	$(PY) -m pytest tests -q
 
-# Every notebook runs and its stored outputs are compared; see CONTRIBUTING in README for what is compared and what is not.
+# Every notebook runs and its stored outputs are compared; README's 'For contributors' says what is compared.
 notebooks-test: setup
 	CUSTOM_LORA_ADAPTERS_DIR=$$(mktemp -d) $(PY) -m pytest --nbval --nbval-cell-timeout=1800 --timeout=3600 -q $(LESSONS)
 
