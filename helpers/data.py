@@ -162,8 +162,12 @@ def encode(tokenizer, prompt: str, completion: str | None = None) -> dict[str, l
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if completion is None:
         return {"input_ids": prompt_ids, "labels": [-100] * len(prompt_ids)}
-    completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": prompt_ids + completion_ids, "labels": [-100] * len(prompt_ids) + completion_ids}
+    return _training_row(prompt_ids, tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+
+
+def _training_row(prompt_ids: list[int], completion_ids: list[int], end_of_text: int) -> dict[str, list[int]]:
+    scored = [*completion_ids, end_of_text]
+    return {"input_ids": prompt_ids + scored, "labels": [-100] * len(prompt_ids) + scored}
 
 
 def encode_rows(tokenizer, task: Task, rows: list[dict[str, str]], max_length: int) -> tuple[list[dict], int]:
@@ -175,13 +179,10 @@ def encode_rows(tokenizer, task: Task, rows: list[dict[str, str]], max_length: i
         return [], 0
     prompts = tokenizer([task.prompt(row) for row in rows], add_special_tokens=False)["input_ids"]
     completions = tokenizer([task.completion(row) for row in rows], add_special_tokens=False)["input_ids"]
-    encoded = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        ids = prompt + completion + [tokenizer.eos_token_id]
-        if len(ids) <= max_length:
-            encoded.append({"input_ids": ids, "labels": [-100] * len(prompt) + completion + [tokenizer.eos_token_id]})
+    whole = [_training_row(p, c, tokenizer.eos_token_id) for p, c in zip(prompts, completions, strict=True)]
+    encoded = [row for row in whole if len(row["input_ids"]) <= max_length]
     if not encoded:
-        shortest = min(len(p) + len(c) + 1 for p, c in zip(prompts, completions, strict=True))
+        shortest = min(len(row["input_ids"]) for row in whole)
         raise WorkbookError(f"All {len(rows)} rows are longer than max_length={max_length} tokens (the shortest has "
                             f"{shortest}): raise max_length or shorten the rows.")
     return encoded, len(rows) - len(encoded)

@@ -81,37 +81,6 @@ def _tokens_holding(tokenizer, text: str):
     return torch.tensor([text in token for token in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])])
 
 
-def token_loss(model, encoded: list[dict], batch_size: int = 16) -> float:
-    """Mean cross-entropy per scored token, in nats, of encoded rows (see `data.encode_rows`)."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    total, count = 0.0, 0
-    rows = sorted(encoded, key=lambda row: len(row["input_ids"]))
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start:start + batch_size]
-            width = max(len(row["input_ids"]) for row in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            labels = torch.full((len(batch), width), -100)
-            mask = torch.zeros(len(batch), width, dtype=torch.long)
-            for i, row in enumerate(batch):
-                length = len(row["input_ids"])
-                ids[i, :length] = torch.tensor(row["input_ids"])
-                labels[i, :length] = torch.tensor(row["labels"])
-                mask[i, :length] = 1
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-            scored = labels[:, 1:] != -100
-            loss = cross_entropy(logits[:, :-1][scored.to(model.device)].float(), labels[:, 1:][scored].to(model.device),
-                                 reduction="sum")
-            total += loss.item()
-            count += int(scored.sum())
-    model.train(was_training)
-    return total / count
-
-
 # --------------------------------------------------------------------------------------------------------- intervals
 
 

@@ -229,6 +229,7 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
+    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
 
     modules = [name.strip() for name in config.target_modules.split(",") if name.strip()]
@@ -269,7 +270,7 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    trainer.remove_callback(_printer_callback())
+    trainer.remove_callback(PrinterCallback)  # Progress prints instead
     trainer.add_callback(_progress_callback()())
     if trainer.accelerator.num_processes != world:
         raise WorkbookError(f"{world} workers were asked for and {trainer.accelerator.num_processes} started: this is a "
@@ -379,12 +380,6 @@ def _trainer_class():
     return CompletionTrainer
 
 
-def _printer_callback():
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
-
-
 def _progress_callback():
     from transformers import TrainerCallback
 
@@ -403,7 +398,7 @@ def _progress_callback():
         def seconds(self) -> float:
             return self.before + time.perf_counter() - self.begin
 
-        def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        def on_epoch_begin(self, args, state, control, **kwargs):
             # accelerate's loaders don't reach a sampler behind both a skip and a shard (a resumed run of several workers).
             if self.sampler is not None:
                 self.sampler.set_epoch(int(state.epoch or 0))
