@@ -1,7 +1,7 @@
 """Rows for a task: from generated practice data, from the hub, or from a local file; and rows as tokens.
 
 Splits never leak: practice data holds out whole tables, frames and word lists; a file may name its own splits in a
-``split`` field; without one, and for hub datasets, a row's split follows from a hash of its group (see `_split_of`).
+``split`` field; without one, and for hub datasets, a row's split follows from a hash of its group (see `_in_split`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load_rows(task_name: str, source: str = "practice", split: str = "train", n:
         rows, described, licence = _hub_rows(task, source)
     else:
         rows, described, licence = _file_rows(task, Path(source).expanduser()), Path(source).name, "see the file's source"
-    rows = [row for row in rows if _split_of(task, row) == split]
+    rows = _in_split(task, rows, split)
     if not rows:
         raise WorkbookError(f"{described} has no {split} rows for task {task_name!r}: add rows, or give them a "
                             "'split' field of 'train' or 'validation'.")
@@ -67,16 +67,37 @@ def load_rows(task_name: str, source: str = "practice", split: str = "train", n:
     return Rows(chosen, described, licence, len(rows))
 
 
-def _split_of(task: Task, row: dict) -> str:
-    """The row's own split, or one that follows from its group: rows that share a prompt's first column stay together.
+def _in_split(task: Task, rows: list[dict], split: str) -> list[dict]:
+    """The rows of a split: a row's own ``split`` field decides, otherwise its group does, so that none is in both.
 
-    For English to SQL that column is the table, so no table is in both splits.
+    Rows are of one group when they share a table (a name after CREATE TABLE, whatever columns are listed), directly or
+    through other rows; rows without tables are, when their prompt's first column holds the same words.
     """
-    if "split" in row:
-        return row["split"]
-    key = re.sub(r"[^a-z0-9]+", " ", row[task.columns[0]].lower()).strip()
-    number = int(hashlib.sha256(key.encode()).hexdigest(), 16)
-    return "validation" if number % VALIDATION_SHARE == 0 else "train"
+    groups = [_group_keys(task, row) for row in rows]
+    leader = {key: key for keys in groups for key in keys}
+
+    def find(key: str) -> str:
+        while leader[key] != key:
+            leader[key] = leader[leader[key]]
+            key = leader[key]
+        return key
+
+    for keys in groups:  # union-find, the smallest name leading, so that the order of the rows does not matter
+        first, *others = sorted({find(key) for key in keys})
+        for other in others:
+            leader[other] = first
+
+    def of(row: dict, keys: list[str]) -> str:
+        number = int(hashlib.sha256(find(keys[0]).encode()).hexdigest(), 16)
+        return row.get("split") or ("validation" if number % VALIDATION_SHARE == 0 else "train")
+
+    return [row for row, keys in zip(rows, groups, strict=True) if of(row, keys) == split]
+
+
+def _group_keys(task: Task, row: dict) -> list[str]:
+    text = row[task.columns[0]].lower()
+    tables = re.findall(r"\bcreate\s+table\s+(?:if\s+not\s+exists\s+)?[\"`\[]?([^\s(\"`\]]+)", text)
+    return tables or [re.sub(r"[^a-z0-9]+", " ", text).strip()]
 
 
 def _file_rows(task: Task, path: Path) -> list[dict[str, str]]:

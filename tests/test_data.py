@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -74,12 +75,23 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_a_split_never_shares_a_table(tmp_path):
-    rows = [{**ROW, "context": f"CREATE TABLE t{i % 97} (a INTEGER)", "question": f"q{i}"} for i in range(970)]
+    # The same table with other columns, in another spelling, and joined with its neighbour in some rows.
+    spellings = ("CREATE TABLE {0} (a INTEGER)", "create table {0}(b TEXT)", 'CREATE TABLE IF NOT EXISTS "{0}" (d INTEGER)',
+                 "CREATE TABLE {0} (a INTEGER); CREATE TABLE {1} (e INTEGER)")
+    rows = [{**ROW, "context": spellings[i % 4].format(f"t{i // 4 * 2}", f"t{i // 4 * 2 + 1}"), "question": f"q{i}"}
+            for i in range(200)]
+    for at in range(1, 100, 2):  # rows that show the second table alone
+        rows.append({**ROW, "context": f"CREATE TABLE t{at} (f INTEGER)", "question": f"alone {at}"})
     path = write(tmp_path / "r.jsonl", *rows)
     train, validation = data.load_rows("sql", path), data.load_rows("sql", path, "validation")
-    assert len(train.rows) + len(validation.rows) == 970
+    assert len(train.rows) + len(validation.rows) == len(rows)
     assert len(validation.rows) > 0
-    assert not {r["context"] for r in train.rows} & {r["context"] for r in validation.rows}
+
+    def groups(loaded):
+        names = {name for row in loaded.rows for name in re.findall(r"t(\d+)\b", row["context"])}
+        return {int(name) // 2 for name in names}
+
+    assert not groups(train) & groups(validation)
     own = write(tmp_path / "own.jsonl", {**ROW, "split": "validation"}, {**ROW, "split": "train"})
     assert len(data.load_rows("sql", own, "validation").rows) == 1
 
