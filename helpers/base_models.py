@@ -102,6 +102,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("WORKBOOK_CACHE") or Path.home() / ".cache" / "lora-workbook").expanduser()
 
 
+def custom_adapters_dir() -> Path:
+    """Where the reader's own adapters go: ``$CUSTOM_LORA_ADAPTERS_DIR`` or ``adapters/custom`` of this project."""
+    root = Path(__file__).resolve().parent.parent
+    return Path(os.environ.get("CUSTOM_LORA_ADAPTERS_DIR") or root / "adapters" / "custom").expanduser()
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with open(path, "rb") as file:

@@ -1,0 +1,322 @@
+"""Adapters: find them, check them before anything is trusted, and swap them on one base model in memory.
+
+An adapter folder comes from anywhere: a job, a hub, a colleague. `read_adapter` opens it the careful way: JSON and
+safetensors only, sizes bounded before anything is read, every tensor compared with the base model's own layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from helpers import WorkbookError, base_models
+from helpers.base_models import EMBEDDED, custom_adapters_dir
+
+PREBUILT = Path(__file__).resolve().parent.parent / "adapters" / "prebuilt"
+WEIGHTS, CONFIG, METRICS = "adapter_model.safetensors", "adapter_config.json", "metrics.json"
+MAX_RANK = 1024
+MAX_JSON_BYTES = 1_000_000
+MAX_HEADER_BYTES = 10_000_000  # an adapter of 210 layers has a header of 55 kB
+
+# Settings of PEFT's LoraConfig that change nothing when a trained adapter is only used.
+_IGNORED = {"base_model_name_or_path", "revision", "peft_type", "peft_version", "inference_mode", "r", "lora_alpha",
+            "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "megatron_core", "qalora_group_size",
+            "task_type", "loftq_config", "eva_config", "lora_ga_config"}
+# Settings that do, and what each would mean here.
+_UNSUPPORTED = {
+    "use_dora": "DoRA, which needs the magnitude of each layer and rules out mixed batches",
+    "rank_pattern": "layers of different rank",
+    "alpha_pattern": "layers of different alpha", "modules_to_save": "whole retrained modules beside LoRA",
+    "lora_bias": "trained biases", "layer_replication": "repeated layers of the base model",
+    "layers_to_transform": "only some layers", "auto_mapping": "a class to import from another package",
+    "target_parameters": "parameters outside linear layers", "trainable_token_indices": "retrained tokens",
+    "fan_in_fan_out": "transposed weights"}
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A checked adapter. `name` is unique among what `discover` finds; `title` is for people.
+
+    rank and alpha: the update of a layer is ``scaling * B @ A`` with A of shape [rank, in], B [out, rank];
+    target_modules: names of the adapted linear layers, without the block they stand in; parameters: trained numbers;
+    bytes: size of the weights file; metrics: the content of metrics.json or None; task: the task it was trained for, if
+    its metrics say so; verified: whether metrics.json holds the weights' SHA-256 (it then matched).
+    """
+
+    name: str
+    title: str
+    folder: Path
+    base_model: str
+    revision: str | None
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: tuple[str, ...]
+    modules: tuple[str, ...] = field(repr=False)
+    parameters: int = 0
+    bytes: int = 0
+    verified: bool = False
+    metrics: dict | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank (LoRA, arXiv:2106.09685, section 4.1), or alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def task(self) -> str | None:
+        config = (self.metrics or {}).get("config")
+        name = config.get("task") if isinstance(config, dict) else None
+        return name if isinstance(name, str) else None
+
+
+def read_adapter(folder: Path | str, base_name: str = EMBEDDED) -> AdapterInfo:
+    """Check an adapter folder against a base model and say what is in it. Nothing of it is run, and nothing unpickled.
+
+    folder: with adapter_config.json and adapter_model.safetensors in PEFT's form, and metrics.json if there is one.
+    Raises WorkbookError, one sentence that names the folder: for an adapter of another base model; missing, extra,
+    misshapen or non-finite tensors; a rank that is not the config's; a target module that the base lacks; pickled,
+    truncated or changed weights; links that leave the folder; a kind of adapter that this workbook does not run.
+    """
+    return _read(Path(folder), base_name)[0]
+
+
+def _read(folder: Path, base_name: str):
+    """The checked ``(AdapterInfo, {tensor name: tensor})`` of a folder: one reading, so what is used is what was checked."""
+    folder = Path(folder)
+    config = _read_config(folder)
+    base = base_models.resolve(base_name)
+    trained_on = config.get("base_model_name_or_path")
+    if trained_on not in (base.hub_id, base.name) or trained_on is None:
+        raise _fault(folder, f"belongs to the base model {_short(trained_on)}, not to {base.hub_id or base.name}",
+                     "load it on its own base model")
+    rank, alpha = _rank_and_alpha(folder, config)
+    modules = _target_modules(folder, config, base_name)
+    metrics = _read_json(folder, METRICS) if _exists(folder / METRICS) else None
+    content = _read_weights(folder, rank, modules)
+    verified = _check_hash(folder, metrics, content)
+    tensors = _check_tensors(folder, content, rank, modules)
+    info = AdapterInfo(
+        name=folder.resolve().name, title=folder.resolve().name, folder=folder.resolve(), base_model=trained_on,
+        revision=config.get("revision") if isinstance(config.get("revision"), str) else None, rank=rank, alpha=alpha,
+        use_rslora=config.get("use_rslora") is True, modules=tuple(modules), metrics=metrics, verified=verified,
+        target_modules=tuple(dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules)), bytes=len(content),
+        parameters=sum(tensor.numel() for tensor in tensors.values()))
+    return info, tensors
+
+
+def _fault(folder: Path, wrong: str, cure: str) -> WorkbookError:
+    return WorkbookError(f"The adapter in {folder} {wrong}: {cure}.")
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ------------------------------------------------------------------------------------------------ files, carefully
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _read_file(folder: Path, name: str, limit: int) -> bytes:
+    """The content of a regular file that really lies in the folder. Never follows a link, never waits on a pipe."""
+    path = folder / name
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise _fault(folder, f"has no {name}", "copy the whole adapter folder again") from None
+    except OSError as error:
+        wrong = "is a link to another place" if path.is_symlink() else f"cannot be opened ({error.strerror})"
+        raise _fault(folder, f"cannot be used, because its {name} {wrong}", "put the file itself into the folder") from error
+    with os.fdopen(number, "rb") as file:
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            raise _fault(folder, f"cannot be used, because its {name} is not an ordinary file", "put the file itself there")
+        if status.st_size > limit:
+            raise _fault(folder, f"has a {name} of {status.st_size:,} bytes, more than the {limit:,} it could need",
+                         "do not trust it; fetch it again from where it was made")
+        return file.read(limit + 1)
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    data = _read_file(folder, name, MAX_JSON_BYTES)
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _fault(folder, f"has a {name} that is not valid JSON ({str(error)[:80]})", "copy the file again") from error
+    if not isinstance(content, dict):
+        raise _fault(folder, f"has a {name} that is not a JSON object", "copy the file again")
+    return content
+
+
+def _read_config(folder: Path) -> dict:
+    """adapter_config.json, if it describes a plain LoRA adapter. A setting that nobody here knows is refused, not skipped."""
+    if not folder.is_dir():
+        raise WorkbookError(f"There is no adapter folder {folder}: check the path.")
+    if not re.fullmatch(r"\w[\w .+@=-]{0,99}", folder.resolve().name):
+        raise WorkbookError(f"The adapter folder name {_short(folder.resolve().name)} cannot be shown safely: rename it with "
+                            "letters, digits, dots and dashes (at most 100).")
+    config = _read_json(folder, CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise _fault(folder, f"is of the kind {_short(config.get('peft_type'))}", "this workbook runs LoRA adapters")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise _fault(folder, f"was made for {_short(config['task_type'])}", "this workbook runs causal language models")
+    for key, meaning in _UNSUPPORTED.items():
+        if config.get(key):
+            raise _fault(folder, f"uses {key} ({meaning}), which this workbook does not run", "train it as plain LoRA")
+    if config.get("bias", "none") != "none":
+        raise _fault(folder, "uses bias (trained biases), which this workbook does not run", "train it with bias='none'")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise _fault(folder, f"was initialised with {_short(config['init_lora_weights'])}, which changes the base model's "
+                     "own weights", "save it converted to plain LoRA (PEFT's path_initial_model_for_weight_conversion)")
+    for key, value in config.items():
+        if value and key not in _IGNORED and not (key == "bias" and value == "none"):
+            raise _fault(folder, f"has the setting {_short(key)}, which this workbook does not know", "train it as plain LoRA")
+    return config
+
+
+def _rank_and_alpha(folder: Path, config: dict) -> tuple[int, float]:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise _fault(folder, f"says that its rank r is {_short(rank)}", f"it must be a whole number from 1 to {MAX_RANK}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= 1e6:
+        raise _fault(folder, f"says that lora_alpha is {_short(alpha)}", "it must be a number above 0, at most a million")
+    return rank, alpha
+
+
+def _target_modules(folder: Path, config: dict, base_name: str) -> dict[str, tuple[int, int]]:
+    """The base model's layers that the config's target_modules name: ``{full name: (out, in)}``, as PEFT matches them."""
+    layers = layer_shapes(base_name)
+    named = config.get("target_modules")
+    if named == "all-linear":
+        return layers
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        raise _fault(folder, f"has target_modules {_short(named)}", "it must be a list of module names (a pattern is not run)")
+    chosen = {}
+    for name in named:
+        found = {layer: shape for layer, shape in layers.items() if layer == name or layer.endswith(f".{name}")}
+        if not found:
+            known = ", ".join(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in layers))
+            raise _fault(folder, f"targets the module {_short(name)}, which {base_name} does not have",
+                         f"its linear layers are {known}")
+        chosen.update(found)
+    return {layer: shape for layer, shape in layers.items() if layer in chosen}
+
+
+def layer_shapes(base_name: str = EMBEDDED) -> dict[str, tuple[int, int]]:
+    """The linear layers inside a base model's blocks, ``{full name: (out features, in features)}``; no weights are read."""
+    return dict(_layer_shapes(base_models.fetch(base_name, quiet=True)))
+
+
+@lru_cache(maxsize=8)
+def _layer_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):  # shapes only
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False),
+                                                 trust_remote_code=False)
+    head = model.get_output_embeddings()
+    return {name: tuple(module.weight.shape) for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head}
+
+
+def _read_weights(folder: Path, rank: int, modules: dict[str, tuple[int, int]]) -> bytes:
+    if not _exists(folder / WEIGHTS):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        if pickled:
+            raise _fault(folder, f"holds pickled weights ({pickled[0]}), which can run code when they are opened",
+                         f"have whoever made it save {WEIGHTS}")
+    numbers = sum(rank * (out + into) for out, into in modules.values())
+    return _read_file(folder, WEIGHTS, 4 * numbers + MAX_HEADER_BYTES)
+
+
+def _check_hash(folder: Path, metrics: dict | None, content: bytes) -> bool:
+    import hashlib
+
+    noted = (metrics or {}).get("weights_sha256")
+    if noted is not None and noted != hashlib.sha256(content).hexdigest():
+        raise _fault(folder, f"has a {WEIGHTS} that has changed since {METRICS} was written (its SHA-256 differs)",
+                     "copy the whole folder again")
+    return noted is not None
+
+
+def _check_tensors(folder: Path, content: bytes, rank: int, modules: dict[str, tuple[int, int]]) -> dict:
+    """The tensors by name, when they are exactly those of the target modules, of the right shapes, and finite."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if int.from_bytes(content[:8], "little") > min(len(content), MAX_HEADER_BYTES):
+        raise _fault(folder, f"has a damaged {WEIGHTS} (its header claims {int.from_bytes(content[:8], 'little'):,} bytes of "
+                     f"{len(content):,})", "copy the file again")
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise _fault(folder, f"has a damaged or cut {WEIGHTS} ({str(error)[:100]})", "copy the file again") from error
+    expected = {}
+    for module, (out, into) in modules.items():
+        expected[f"base_model.model.{module}.lora_A.weight"] = (rank, into)
+        expected[f"base_model.model.{module}.lora_B.weight"] = (out, rank)
+    for name in expected.keys() - tensors.keys():
+        raise _fault(folder, f"lacks {len(expected.keys() - tensors.keys())} tensors, for instance {_short(name)}",
+                     "its weights and its config do not belong together; copy the whole folder again")
+    for name in tensors.keys() - expected.keys():
+        raise _fault(folder, f"holds a tensor that its config does not account for ({_short(name)})",
+                     "its weights and its config do not belong together; copy the whole folder again")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise _fault(folder, f"has {_short(name)} of shape {list(tensor.shape)} where rank {rank} on this base model "
+                         f"needs {list(expected[name])}", "its rank or its base model is another one")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise _fault(folder, f"has {_short(name)} as {tensor.dtype}", "save it as float32, float16 or bfloat16")
+        if not torch.isfinite(tensor).all():
+            raise _fault(folder, f"holds numbers that are not finite (in {_short(name)})",
+                         "its training diverged or the file is damaged; train or copy it again")
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------- discovery
+
+
+@dataclass(frozen=True)
+class Discovered:
+    """What `discover` found: adapters that can be used, and for each other folder the reason why it cannot."""
+
+    adapters: list[AdapterInfo]
+    problems: dict[str, str]
+
+
+def discover(base_name: str = EMBEDDED, prebuilt: Path | None = None, custom: Path | None = None) -> Discovered:
+    """All adapters of ``adapters/prebuilt`` and of the reader's own folder (`custom_adapters_dir`), checked.
+
+    The reader's own are named ``custom/<folder>`` and titled ``Custom: <folder>``. A folder that cannot be used is
+    reported and does not hide the others; folders without adapter files, and hidden ones (half-published), are passed over.
+    """
+    found, problems = [], {}
+    for root, prefix, label in ((prebuilt or PREBUILT, "", ""), (custom or custom_adapters_dir(), "custom/", "Custom: ")):
+        root = Path(root)
+        for folder in sorted(root.iterdir()) if root.is_dir() else []:
+            if folder.name.startswith(".") or not (folder.is_symlink() or folder.is_dir()):
+                continue
+            if not (folder.is_symlink() or any(path.name.startswith("adapter_") for path in folder.iterdir())):
+                continue
+            try:
+                if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
+                    raise _fault(folder, "is a link to another place", "copy the folder itself there")
+                info = read_adapter(folder, base_name)
+            except WorkbookError as problem:
+                problems[prefix + folder.name] = str(problem)
+                continue
+            found.append(dataclasses.replace(info, name=prefix + folder.name, title=label + folder.name))
+    return Discovered(found, problems)
