@@ -138,10 +138,11 @@ def _read_file(folder: Path, name: str, limit: int) -> bytes:
     except OSError as error:
         wrong = "is a link to another place" if path.is_symlink() else f"cannot be opened ({error.strerror})"
         raise _fault(folder, f"cannot be used, because its {name} {wrong}", "put the file itself into the folder") from error
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(number)
+        raise _fault(folder, f"cannot be used, because its {name} is not an ordinary file", "put the file itself there")
     with os.fdopen(number, "rb") as file:
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode):
-            raise _fault(folder, f"cannot be used, because its {name} is not an ordinary file", "put the file itself there")
         if status.st_size > limit:
             raise _fault(folder, f"has a {name} of {status.st_size:,} bytes, more than the {limit:,} it could need",
                          "do not trust it; fetch it again from where it was made")
