@@ -123,6 +123,10 @@ def check_parameters(parameters: dict) -> None:
     """What a job checks before a kernel starts: the notebook's parameters make a valid config and a free output folder."""
     names = {f.name for f in dataclasses.fields(FineTuneConfig)}
     FineTuneConfig.from_parameters(**{k: v for k, v in parameters.items() if k in names})
+    if parameters.get("workers_on"):
+        from helpers.workers import read_place
+
+        read_place(parameters["workers_on"])
     if int(parameters.get("eval_rows") or 1) < 1:
         raise WorkbookError(f"eval_rows is {parameters['eval_rows']}: it must be at least 1.")
     if parameters.get("adapter_dir") and not parameters.get("resume"):
@@ -144,10 +148,11 @@ def custom_adapters_dir() -> Path:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def fine_tune(config: FineTuneConfig, run_dir: Path, workers: int = 1, resume: bool = False) -> dict:
+def fine_tune(config: FineTuneConfig, run_dir: Path, workers: int = 1, resume: bool = False, workers_on: str = "") -> dict:
     """Train an adapter and leave it in ``run_dir/trained``; return what happened as a dict (also result.json there).
 
-    With ``workers > 1`` as many processes train together (see helpers.workers). ``resume`` goes on from the newest
+    With ``workers > 1`` as many processes train together, on this host or where ``workers_on`` says (see
+    helpers.workers.read_place). ``resume`` goes on from the newest
     complete checkpoint of ``run_dir``; without it a run folder that already holds training is refused.
     Raises WorkbookError for bad data, a full disk, too little memory, or a run that was made with another config.
     """
@@ -168,9 +173,10 @@ def fine_tune(config: FineTuneConfig, run_dir: Path, workers: int = 1, resume: b
     base_models.fetch(config.base_model)  # once, before several workers ask for it
     if workers == 1:
         return train(config, run_dir)
-    from helpers.workers import launch_local
+    from helpers.workers import launch, plan
 
-    launch_local("helpers.fine_tuning", [str(run_dir)], workers, run_dir / "workers")
+    logs = run_dir.resolve() / "workers"
+    launch(plan("helpers.fine_tuning", [str(run_dir.resolve())], workers, logs, workers_on), logs)
     return json.loads((run_dir / "trained" / "result.json").read_text())
 
 
@@ -415,6 +421,10 @@ def _progress_callback():
                   f"{left / 60:.1f} min left", flush=True)
 
         def on_save(self, args, state, control, **kwargs):
+            from torch import distributed
+
+            if distributed.is_initialized():  # a checkpoint holds every rank's random state
+                distributed.barrier()
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 write_json(folder / "complete.json", {"step": state.global_step, "seconds": self.seconds()})
@@ -565,10 +575,20 @@ def _metrics_table(evaluation: dict) -> list[str]:
 
 def main(run_dir: str) -> None:
     """One worker of a group: train with the config that `fine_tune` left in the run's folder."""
-    settings = json.loads((Path(run_dir) / "config.json").read_text())
-    settings.pop("workers")
-    train(FineTuneConfig(**settings), Path(run_dir))
+    from helpers.workers import group
+
+    known = Path(run_dir) / "config.json"
+    if not known.is_file():
+        raise WorkbookError(f"The run folder {run_dir} is not on this host: workers of several hosts need the project and its "
+                            "runs on a file system that all of them share, under the same path.")
+    settings = json.loads(known.read_text())
+    workers = settings.pop("workers")
+    config = FineTuneConfig(**settings)
+    with group(workers, {"run settings": str(config)}):
+        train(config, Path(run_dir))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from torch.distributed.elastic.multiprocessing.errors import record  # a worker's error is kept for its launcher
+
+    record(main)(sys.argv[1])
