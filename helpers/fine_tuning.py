@@ -119,10 +119,12 @@ class FineTuneConfig:
             raise WorkbookError(f"task {self.task!r} has no practice data: give a .jsonl file with data=….")
 
 
-def check_parameters(parameters: dict) -> None:
-    """What a job checks before a kernel starts: the notebook's parameters make a valid config and a free output folder."""
+def check_parameters(parameters: dict) -> dict:
+    """What a job checks before a kernel starts: the notebook's parameters make a valid config and a free output folder.
+
+    Returns the whole config: what the parameters left at 0 or "" stand for."""
     names = {f.name for f in dataclasses.fields(FineTuneConfig)}
-    FineTuneConfig.from_parameters(**{k: v for k, v in parameters.items() if k in names})
+    config = FineTuneConfig.from_parameters(**{k: v for k, v in parameters.items() if k in names})
     if parameters.get("workers_on"):
         from helpers.workers import read_place
 
@@ -131,6 +133,7 @@ def check_parameters(parameters: dict) -> None:
         raise WorkbookError(f"eval_rows is {parameters['eval_rows']}: it must be at least 1.")
     if parameters.get("adapter_dir") and not parameters.get("resume"):
         check_free(Path(parameters["adapter_dir"]))
+    return dataclasses.asdict(config)
 
 
 def check_free(folder: Path) -> None:
