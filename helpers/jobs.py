@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("list", "run", "status")
 SET_BY_JOB = {"run_dir": "the job sets it", "resume": "use --resume", "workers": "use --workers N or NUM_GPU_WORKERS"}
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
+SCRATCH = "workbook-job-"  # begins the name of a run's folder for sockets, among the system's temporary files
 MARKER = "WORKBOOK_RUN_DIR"  # in the environment of a run's kernel and so of every process that the kernel starts
 KINDS = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a map"}
@@ -80,17 +81,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked run that has not begun: ``status`` is that of the run to resume, or None for a new one."""
+    """A checked run that has not begun: ``status`` is that of the run to resume, or None for a new one. ``effective`` is
+    what the job's check says that parameters left open stand for (a preset's batch size, where 0 was given)."""
 
     job: Job
     parameters: dict
     run_dir: Path
     status: dict | None
-
-    def injected(self) -> dict:
-        """The parameters, with run_dir and resume if the notebook declares them."""
-        own = {"run_dir": str(self.run_dir), "resume": self.status is not None}
-        return self.parameters | {name: value for name, value in own.items() if name in self.job.declared}
+    effective: dict = dataclasses.field(default_factory=dict)
 
 
 # ---- what can be checked without a kernel ----------------------------------------------------------------------------
@@ -214,7 +212,8 @@ def plan_job(name, parameters=None, workers=None, resume=False, runs_dir=None, n
     plan = Plan(job, final, run_dir, status)
     if job.check:
         module, _, function = job.check.partition(":")
-        getattr(importlib.import_module(module), function)(plan.injected())
+        effective = getattr(importlib.import_module(module), function)(plan.injected())
+        plan = dataclasses.replace(plan, effective=effective or {})
     return plan
 
 
@@ -308,6 +307,21 @@ def require_unfinished(status: dict) -> dict:
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def scratch_folder():
+    """A short-named temporary folder for a run's sockets and IPython profile, gone with the run. Folders of runners that
+    were killed, and so could not remove theirs, go first; each says whose it is."""
+    for note in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/owner.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # another user's, or removed meanwhile
+            owner = json.loads(note.read_text(encoding="utf-8"))
+            if owner["host"] == socket.gethostname() and not process_is_there(owner):
+                shutil.rmtree(note.parent)
+    me = {"pid": os.getpid(), "pid_created": psutil.Process().create_time(), "host": socket.gethostname()}
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
+        Path(scratch, "owner.json").write_text(json.dumps(me), encoding="utf-8")
+        yield scratch
 
 
 def stop_processes(run_dir: Path) -> None:
@@ -425,7 +439,7 @@ class Attempt:
         timer.daemon = True
         timer.start()
         try:
-            with tempfile.TemporaryDirectory(prefix="job-", ignore_cleanup_errors=True) as scratch:
+            with scratch_folder() as scratch:
                 return papermill.execute_notebook(
                     *paths, self.plan.injected(), kernel_name="python3", language="python", progress_bar=False,
                     stdout_file=self, stderr_file=self, start_timeout=300, iopub_timeout=120,
@@ -457,7 +471,8 @@ class Attempt:
         """One sentence for ``error``: what happened, where, and what to do."""
         name, where = getattr(error, "ename", type(error).__name__), f"in code cell {self.cell}"
         text = textwrap.shorten(getattr(error, "evalue", str(error)), 500)
-        knobs = [f"{n} (now {self.plan.parameters[n]})" for n in self.plan.job.memory if n in self.plan.parameters]
+        known = self.plan.parameters | self.plan.effective
+        knobs = [n + (f" (now {known[n]})" if known[n] else "") for n in self.plan.job.memory if n in known]
         advice = f"lower {' or '.join(knobs)}" if knobs else "give the job less to hold at once"
         if self.timed_out:
             return f"The run was stopped {where}: it took longer than its timeout of {self.timeout:g} s."

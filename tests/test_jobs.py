@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,6 +40,8 @@ FAILURES = {  # cells after the parameters, and the sentence
     "segfault": (["import ctypes\nctypes.string_at(0)", METRICS], r"The kernel ended by SIGSEGV in code cell 3, .*"),
     "memory": (["raise MemoryError('512 GB')", METRICS],
                r"Memory ran out in code cell 3: lower rank \(now 16\) \(MemoryError: 512 GB\)\."),
+    "allocator": (["import torch\ntorch.empty(10**15)", METRICS],
+                  r"Memory ran out in code cell 3: lower rank \(now 16\) \(RuntimeError: .*n't allocate memory.*"),
     "cuda": (["class OutOfMemoryError(RuntimeError): pass\nraise OutOfMemoryError('CUDA')"], r"Memory ran out .*"),
     "disk": (["open('/dev/full', 'w').write('x' * 99999)", METRICS], r"The disk is full: free some space \(OSErr.*"),
     "silent": (["print('done')"], r"The notebook ran to its end but wrote no readable metrics\.json\."),
@@ -75,18 +78,26 @@ def books(tmp_path_factory) -> Path:
     report = "import helpers, os, sys\nprint(repr([sys.executable, os.getcwd(), data, rank, rate, limit]), flush=True)"
     save(folder, "good", [report, "'a value'", "print('a problem', file=sys.stderr)", METRICS])
     save(folder, "worker", [WORKER, METRICS])
+    fill = "import pathlib\nif not resume:\n    with open(f'{run_dir}/fill', 'wb') as file:\n        file.write(bytes(5_000_000))"
+    save(folder, "fills", [fill, METRICS])
     save(folder, "many", ["print('workers', workers, os.environ['NUM_GPU_WORKERS'])"], "import os\nworkers = 1")
     save(folder, "adapter", ["print(adapter)"], "adapter = ''  # a folder")
     for name, (cells, _) in FAILURES.items():
         save(folder, name, cells)
     entries = {name: {"title": name, "notebook": f"{name}.ipynb", "paths": ["data"], "memory": ["rank"]}
-               for name in ("good", "worker", *FAILURES)}
+               for name in ("good", "worker", "fills", *FAILURES)}
     entries["fixed"] = entries["good"] | {"parameters": {"rank": 4}, "check": "test_jobs:refuse_high_rates"}
+    entries["preset"] = entries["killed"] | {"memory": ["limit", "rank"], "check": "test_jobs:fill_in"}
+    entries["open"] = entries["killed"] | {"memory": ["limit", "rank"]}
     entries["many"] = {"title": "many", "notebook": "many.ipynb", "metrics": False}
     entries["made"] = entries["good"] | {"paths": [], "outputs": ["data"]}
     entries["adapter"] = {"title": "adapter", "notebook": "adapter.ipynb", "metrics": False, "positional": "adapter"}
     (folder / "jobs.yaml").write_text(json.dumps({"jobs": entries}))  # JSON is YAML
     return folder
+
+
+def fill_in(parameters: dict) -> dict:
+    return {"limit": 640 if parameters["limit"] is None else parameters["limit"]}
 
 
 def refuse_high_rates(parameters: dict) -> None:
@@ -115,6 +126,11 @@ def start_worker(command) -> tuple[subprocess.Popen, list[int]]:
     process = start("worker", "-p", "rank=8", *command)
     pids = next(line for line in process.stdout if line.startswith("pids"))
     return process, [int(word) for word in pids.split()[1:]]
+
+
+def scratch_of(pid: int) -> list[Path]:
+    notes = Path(tempfile.gettempdir()).glob(f"{jobs.SCRATCH}*/owner.json")
+    return [note.parent for note in notes if json.loads(note.read_text())["pid"] == pid]
 
 
 def wait_until_gone(pids, seconds=10) -> None:
@@ -289,6 +305,20 @@ def test_what_fails_says_so(options, name, capsys):
     assert "Traceback" in (options["runs_dir"] / status["id"] / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(("name", "given", "advice"), [
+    ("preset", {}, "lower limit (now 640) or rank (now 16)."),
+    ("preset", {"limit": 9}, "lower limit (now 9) or rank (now 16)."),
+    ("open", {"rank": 0}, "lower limit or rank."), ("gpu", {}, "lower batch_size (now 8) or max_length (now 512).")])
+def test_what_to_lower_is_said_with_the_value_that_counts(options, tiny, name, given, advice):
+    """A parameter at 0 or none stands for the preset's value: that one is named, or none, but never 'now 0'."""
+    where = options if name != "gpu" else {"runs_dir": options["runs_dir"]}
+    plan = jobs.plan_job(name if name != "gpu" else "sql", given | ({"base_model": str(tiny)} if name == "gpu" else {}), **where)
+    attempt = jobs.Attempt(plan, None)
+    attempt.cell = 4
+    error = MemoryError("at once")
+    assert attempt.explain(error) == f"Memory ran out in code cell 4: {advice[:-1]} (MemoryError: at once)."
+
+
 def test_a_failed_command_prints_the_sentence_and_no_traceback(command):
     process = start("sentence", *command)
     out, err = process.communicate()
@@ -315,9 +345,12 @@ def test_a_stopped_run_is_interrupted_and_leaves_no_process(options, command, na
 def test_a_killed_run_is_told_and_resumed_in_its_folder(options, command, capfd):
     """SIGKILL leaves a status that says running, a lock file and a worker in a session of its own."""
     process, pids = start_worker(command)
+    [scratch] = scratch_of(process.pid)
+    assert (scratch / "kernel.json").exists()
     process.kill()
     process.communicate()
     wait_until_gone(pids[:1])
+    assert scratch.exists(), "a killed runner removed its folder: the test tests nothing"
     [path] = options["runs_dir"].glob("*/status.json")
     assert json.loads(path.read_text())["state"] == "running" and (path.parent / ".lock").exists()
     assert jobs.main(["status", *command]) == 0
@@ -331,9 +364,28 @@ def test_a_killed_run_is_told_and_resumed_in_its_folder(options, command, capfd)
     assert psutil.pid_exists(pids[1])
     status = jobs.run_job("worker", {"rank": "8"}, resume=True, **options)
     assert (status["id"], status["state"], status["attempts"]) == (path.parent.name, "succeeded", 2)
+    assert not scratch.exists(), "the next run removes what a killed one left among the temporary files"
     assert "resumed 8 alone\n" in capfd.readouterr().out
     wait_until_gone(pids)
     assert len(jobs.list_runs(options["runs_dir"])) == 1
+
+
+def test_only_folders_of_runners_that_are_gone_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    me = psutil.Process()
+    mine = {"pid": me.pid, "pid_created": me.create_time(), "host": socket.gethostname()}
+    owners = {"alive": mine, "gone": mine | {"pid_created": me.create_time() - 60}, "elsewhere": mine | {"host": "x", "pid": 1},
+              "strange": [], "other": None}
+    for name, owner in owners.items():
+        (tmp_path / f"{jobs.SCRATCH}{name}").mkdir()
+        (tmp_path / f"{jobs.SCRATCH}{name}" / ("owner.json" if owner is not None else "file")).write_text(json.dumps(owner))
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "owner.json").write_text(json.dumps(owners["gone"]))
+    (tmp_path / f"{jobs.SCRATCH}link").symlink_to(tmp_path / "precious")
+    with jobs.scratch_folder() as scratch:
+        left = {path.name.removeprefix(jobs.SCRATCH) for path in tmp_path.iterdir()} - {Path(scratch).name[len(jobs.SCRATCH):]}
+    assert left == {"alive", "elsewhere", "strange", "other", "link", "precious"}
+    assert (tmp_path / "precious" / "owner.json").exists() and not Path(scratch).exists()
 
 
 def test_two_at_once_have_folders_and_workers_of_their_own(options, command):
@@ -409,6 +461,24 @@ def test_a_full_disk_fails_the_run_and_the_status_says_so(run_dir, options):
     (run_dir / f".status.{os.getpid()}").symlink_to("/dev/full")
     jobs.write_status(run_dir, status | {"error": "short"})
     assert json.loads((run_dir / "status.json").read_text()) == status | {"error": "short"}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_fills_up_during_a_run(books, tmp_path):
+    """A real disk of 1 MB, filled by the run itself: notebook and log can no longer be written, the status still can."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine cannot mount a tmpfs")
+    try:
+        status = jobs.run_job("fills", runs_dir=disk, notebooks_dir=books)
+        assert status["state"] == "failed" and status["error"].startswith("The disk is full: free some space (")
+        assert jobs.list_runs(disk) == [status]
+        (disk / status["id"] / "fill").unlink()
+        status = jobs.run_job("fills", resume=True, runs_dir=disk, notebooks_dir=books)
+        assert (status["state"], status["attempts"]) == ("succeeded", 2)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk_at_the_start_leaves_nothing(options):
