@@ -12,6 +12,10 @@ import math
 import os
 import re
 import stat
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -321,3 +325,291 @@ def discover(base_name: str = EMBEDDED, prebuilt: Path | None = None, custom: Pa
                 continue
             found.append(dataclasses.replace(info, name=prefix + folder.name, title=label + folder.name))
     return Discovered(found, problems)
+
+
+# ------------------------------------------------------------------------------------------------------ generation
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is generated. Greedy unless `sample`; temperature, top_p and top_k then shape the draw (top_k 0: off).
+
+    max_new_tokens in tokens; beams: number of beams of a beam search (1: none); repetition_penalty: Keskar et al. 2019,
+    arXiv:1909.05858, section 4.1 (1: none); seed: of the draws; stop: text that ends an answer ("": only end-of-text).
+    """
+
+    max_new_tokens: int = 64
+    sample: bool = False
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 50
+    beams: int = 1
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: str = ""
+
+    def check(self) -> None:
+        """Raise WorkbookError that names the first setting which is out of range."""
+        for name, low, high in (("max_new_tokens", 1, 4096), ("temperature", 0.01, 10), ("top_p", 0.01, 1), ("top_k", 0, 10_000),
+                                ("beams", 1, 16), ("repetition_penalty", 0.5, 5), ("seed", 0, 2**32 - 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise WorkbookError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}.")
+
+    def options(self) -> dict:
+        """The same as arguments of transformers' generate. All are given, so that no model's own defaults leak in."""
+        drawn = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": self.top_k} if self.sample else {
+            "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # the library's own neutral values: unused when greedy
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, "num_beams": self.beams,
+                "repetition_penalty": float(self.repetition_penalty), **drawn}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer. Times in seconds from the start of the generation; tokens without the end-of-text token."""
+
+    adapter: str | None
+    prompt: str
+    text: str
+    tokens: int
+    swap_seconds: float
+    first_token_seconds: float
+    seconds: float
+    stopped: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed after the first token (the prompt's own pass is the time to first token), or 0 for a single token."""
+        after = self.seconds - self.first_token_seconds
+        return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else 0.0
+
+
+def _watch(tokenizer, width: int, stop: threading.Event, stop_text: str, on_text: Callable[[list[str]], None] | None):
+    """A stopping criterion that also streams: after each token it tells the texts so far and notes the time.
+
+    It runs inside `generate`, in the caller's own thread: an exception of `on_text` reaches the caller, and there is no
+    queue on which anyone could wait for ever.
+    """
+    import torch
+    from transformers import StoppingCriteria
+
+    class Watch(StoppingCriteria):
+        first: float | None = None
+        stopped = False
+
+        def __call__(self, input_ids, scores, **kwargs):
+            if self.first is None:
+                self.first = time.perf_counter()
+            rows = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            if on_text or stop_text:
+                texts = tokenizer.batch_decode(input_ids[:, width:], skip_special_tokens=True)
+                if stop_text:
+                    rows |= torch.tensor([stop_text in text.lstrip() for text in texts], device=rows.device)
+                if on_text:
+                    on_text(texts)
+            if stop.is_set():
+                self.stopped = True
+                rows[:] = True
+            return rows
+
+    return Watch()
+
+
+# ------------------------------------------------------------------------------------------------------------- bank
+
+
+class AdapterBank:
+    """One base model in memory and any number of adapters on it; which one acts is a pointer, and a swap moves it.
+
+    PEFT's layers hold every adapter's A and B and one field that names the active one. `swap` writes that field in a
+    cached list of layers; nothing is copied. One lock guards the model: a swap waits for the answer that is being
+    generated, so an answer never mixes two adapters. Adapter None is the base model itself.
+    """
+
+    def __init__(self, base_name: str = EMBEDDED, precision: str = "full", device=None, dtype=None):
+        """Load the base model (see base_models.load for precision, device, dtype and the errors)."""
+        self.base_name = base_name
+        self.model, self.tokenizer = base_models.load(base_name, precision, device, dtype)
+        self.base_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.adapters: dict[str, AdapterInfo] = {}
+        self.active: str | None = None
+        self._keys: dict[str, str] = {}  # our name -> PEFT's, which allows no dots
+        self._layers: list = []
+        self._count = 0
+        self._lock = threading.RLock()
+
+    # -- which adapters are here
+
+    def load(self, info: AdapterInfo) -> float:
+        """Read an adapter again, check it again, and put it beside the others. Returns seconds.
+
+        Raises WorkbookError as `read_adapter` does, or when one of that name is loaded; the bank is then as before.
+        """
+        from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+        start = time.perf_counter()
+        if info.name in self.adapters:
+            raise WorkbookError(f"An adapter named {info.name!r} is already loaded: unload it first.")
+        checked, tensors = _read(info.folder, self.base_name)
+        config = LoraConfig(r=checked.rank, lora_alpha=checked.alpha, use_rslora=checked.use_rslora, task_type="CAUSAL_LM",
+                            target_modules=list(checked.modules), inference_mode=True)
+        with self._lock:
+            key = self._key(info.name)
+            # PEFT computes LoRA in float32 (it casts 16-bit adapters when it loads them); so does the bank.
+            tensors = {name: tensor.to(self.model.device).float() for name, tensor in tensors.items()}
+            if isinstance(self.model, PeftModel):
+                self.model.add_adapter(key, config, low_cpu_mem_usage=True)
+            else:
+                self.model = PeftModel(self.model, config, adapter_name=key, low_cpu_mem_usage=True)
+            set_peft_model_state_dict(self.model, tensors, adapter_name=key, low_cpu_mem_usage=True)
+            self.model.requires_grad_(False).eval()
+            self._keys[info.name] = key
+            self.adapters[info.name] = dataclasses.replace(checked, name=info.name, title=info.title)
+            self._collect_layers()
+        return time.perf_counter() - start
+
+    def _key(self, name: str) -> str:
+        """A name that PEFT can take: no dots or slashes, and nothing that looks like its own tensor names."""
+        self._count += 1
+        plain = re.fullmatch(r"[a-z]\w{2,}", name) and "lora" not in name and name not in ("default", *self._keys.values())
+        return name if plain else f"adapter_{self._count}"
+
+    def _collect_layers(self) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        self._flip(self.active)
+
+    def unload(self, name: str) -> None:
+        """Remove an adapter and free its memory; if it was active, the base model is from now on."""
+        self._known(name)
+        with self._lock:
+            if self.active == name:
+                self.active = None
+            self._flip(None)  # PEFT would otherwise choose another adapter as the active one
+            self.model.delete_adapter(self._keys.pop(name))
+            del self.adapters[name]
+            if self._keys:
+                self.model.active_adapter = next(iter(self._keys.values()))
+            else:  # PEFT's wrapper does not run without an adapter
+                self.model = self.model.unload()
+            self._collect_layers()
+
+    def sync(self, found: list[AdapterInfo]) -> dict[str, str]:
+        """Make the loaded adapters those of `found`: load new ones, reload changed ones, unload those that are gone.
+
+        Returns the problems by name: a broken adapter does not keep the others from working.
+        """
+        problems, wanted = {}, {info.name: info for info in found}
+        for name, info in list(self.adapters.items()):
+            if wanted.get(name) != info:
+                self.unload(name)
+        for name, info in wanted.items():
+            if name not in self.adapters:
+                try:
+                    self.load(info)
+                except WorkbookError as problem:
+                    problems[name] = str(problem)
+        return problems
+
+    def adapter_bytes(self, name: str) -> int:
+        """Memory that a loaded adapter's numbers take, in bytes (float32)."""
+        return 4 * self._known(name).parameters
+
+    def key(self, name: str | None) -> str:
+        """What PEFT calls this adapter (``__base__``: no adapter), for its own methods and ``adapter_names``."""
+        return "__base__" if name is None else (self._known(name) and self._keys[name])
+
+    def _known(self, name: str) -> AdapterInfo:
+        if name not in self.adapters:
+            raise WorkbookError(f"No adapter {name!r} is loaded: there are {', '.join(self.adapters) or 'none'}.")
+        return self.adapters[name]
+
+    # -- the swap
+
+    def _flip(self, name: str | None) -> None:
+        active = [] if name is None else [self._keys[name]]
+        for layer in self._layers:
+            # Around torch's __setattr__, which looks through parameters and modules first: 10 times slower.
+            object.__setattr__(layer, "_active_adapter", active)
+
+    def swap(self, name: str | None) -> float:
+        """Make an adapter (None: the base model alone) the active one. Returns the seconds that the flip took.
+
+        Waits for an answer that is being generated. Raises WorkbookError for an adapter that is not loaded.
+        """
+        if name is not None:
+            self._known(name)
+        with self._lock:
+            start = time.perf_counter()
+            self._flip(name)
+            self.active = name
+            return time.perf_counter() - start
+
+    @contextmanager
+    def using(self, name: str | None):
+        """The model with one adapter active, for this block alone: other threads wait, and what was active comes back."""
+        with self._lock:
+            before = self.active
+            self.swap(name)
+            try:
+                yield self.model
+            finally:
+                self.swap(before if before in self.adapters else None)
+
+    # -- answers
+
+    def generate(self, prompt: str, adapter: str | None = None, settings: Settings | None = None,
+                 on_text: Callable[[str], None] | None = None, stop: threading.Event | None = None) -> Answer:
+        """One answer. on_text is called with the text so far after each token (with beams, only the end is shown).
+
+        `stop` ends it at the next token. The adapter stays active. Raises WorkbookError for settings out of range or a
+        prompt that is empty or too long, and whatever `on_text` or the model raises.
+        """
+        with self._lock:
+            swapped = self.swap(adapter)
+            tell = (lambda texts: on_text(texts[0])) if on_text else None
+            return self._run([prompt], [adapter], settings or Settings(), tell, stop or threading.Event(), swapped)[0]
+
+    def generate_mixed(self, prompts: list[str], adapters: list[str | None], settings: Settings | None = None,
+                       on_text: Callable[[list[str]], None] | None = None, stop: threading.Event | None = None) -> list[Answer]:
+        """Answers to several prompts in one batch, each row with its own adapter (None: the base model)."""
+        for name in adapters:
+            self.key(name)
+        with self._lock, self.using(adapters[0] if len(set(adapters)) == 1 else self.active):
+            return self._run(prompts, adapters, settings or Settings(), on_text, stop or threading.Event(), 0.0)
+
+    def _run(self, prompts, names, settings: Settings, on_text, stop, swapped) -> list[Answer]:
+        import torch
+        from transformers import StoppingCriteriaList
+
+        settings.check()
+        if not prompts or not all(prompts):
+            raise WorkbookError("The prompt is empty: write one or choose a sample.")
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        batch = batch.to(self.model.device)
+        width = batch["input_ids"].shape[1]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit and width + settings.max_new_tokens > limit:
+            raise WorkbookError(f"The prompt has {width:,} tokens and up to {settings.max_new_tokens:,} new ones are wanted, "
+                                f"together more than the {limit:,} that this base model reads: shorten one of them.")
+        tell = None if settings.beams > 1 else on_text
+        watch = _watch(self.tokenizer, width, stop, "" if settings.beams > 1 else settings.stop, tell)
+        end = self.tokenizer.eos_token_id
+        options = {**settings.options(), "pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": end}
+        if len(set(names)) > 1:
+            options["adapter_names"] = [self.key(name) for name in names]
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices):
+            torch.manual_seed(settings.seed)
+            start = time.perf_counter()
+            output = self.model.generate(**batch, stopping_criteria=StoppingCriteriaList([watch]), **options)
+            seconds = time.perf_counter() - start
+        answers = []
+        for name, prompt, row in zip(names, prompts, output[:, width:].tolist(), strict=True):
+            tokens = row.index(end) if end in row else len(row)
+            text = self.tokenizer.decode(row[:tokens], skip_special_tokens=True)
+            answers.append(Answer(name, prompt, text, tokens, swapped, (watch.first or start) - start, seconds, watch.stopped))
+        if on_text:
+            on_text([answer.text for answer in answers])
+        return answers

@@ -251,3 +251,330 @@ def test_discovery_labels_custom_adapters_and_reports_broken_ones(made, tiny, tm
 def test_discovery_of_nothing_is_empty(tiny, tmp_path):
     found = adapters.discover(str(tiny), tmp_path / "no", tmp_path / "none")
     assert found.adapters == [] and found.problems == {}
+
+
+# --------------------------------------------------------------------------------------------------------------- bank
+
+PROMPT = "<QUESTION>: how many?\n<SQL>: "
+
+
+@pytest.fixture(scope="session")
+def shelf(tiny, tmp_path_factory) -> Path:
+    """Three adapters of different rank and targets on the tiny base model."""
+    root = tmp_path_factory.mktemp("shelf")
+    make_adapter(tiny, root / "instruct", 1)
+    make_adapter(tiny, root / "sql", 2, rank=8, modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    make_adapter(tiny, root / "detox-1.5", 3, rank=2, use_rslora=True)
+    return root
+
+
+def infos(tiny, shelf):
+    return adapters.discover(str(tiny), shelf, shelf / "none").adapters
+
+
+@pytest.fixture
+def bank(tiny, shelf):
+    bank = adapters.AdapterBank(str(tiny))
+    assert bank.sync(infos(tiny, shelf)) == {}
+    return bank
+
+
+def logits(model, bank):
+    import torch
+
+    with torch.inference_mode():
+        return model(**bank.tokenizer(PROMPT, return_tensors="pt")).logits
+
+
+@pytest.fixture(scope="session")
+def expected(tiny, shelf):
+    """What PEFT itself computes: each adapter alone on a fresh base model, and several on one with set_adapter."""
+    from peft import PeftModel
+
+    wanted, together = {}, None
+    for info in infos(tiny, shelf):
+        model, _ = base_models.load(str(tiny))
+        bank = adapters.AdapterBank(str(tiny))
+        wanted[None] = logits(model, bank)
+        wanted[info.name] = logits(PeftModel.from_pretrained(model, info.folder).eval(), bank)
+        key = info.name.replace(".", "_")
+        if together is None:
+            together = PeftModel.from_pretrained(base_models.load(str(tiny))[0], info.folder, adapter_name=key).eval()
+        else:
+            together.load_adapter(info.folder, key)
+    for name in list(wanted):
+        if name is None:
+            with together.disable_adapter():
+                got = logits(together, bank)
+        else:
+            together.set_adapter(name.replace(".", "_"))
+            got = logits(together, bank)
+        assert got.equal(wanted[name])
+    assert len({str(value) for value in wanted.values()}) == 4, "the adapters must differ for the comparison to say anything"
+    return wanted
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.lists(st.sampled_from([None, "instruct", "sql", "detox-1.5"]), min_size=1, max_size=8))
+def test_every_order_of_swaps_gives_pefts_logits_bit_for_bit(tiny, shelf, expected, order):
+    bank = swapping_bank(tiny, shelf)
+    for name in order:
+        bank.swap(name)
+        assert logits(bank.model, bank).equal(expected[name]), f"{name} after {order}"
+
+
+_BANKS = {}
+
+
+def swapping_bank(tiny, shelf):
+    if shelf not in _BANKS:
+        _BANKS[shelf] = adapters.AdapterBank(str(tiny))
+        _BANKS[shelf].sync(infos(tiny, shelf))
+    return _BANKS[shelf]
+
+
+def test_threads_never_see_each_others_adapter(bank, expected):
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [None, "instruct", "sql", "detox-1.5"]
+
+    def one(number):
+        name = names[number % 4]
+        with bank.using(name) as model:
+            return logits(model, bank).equal(expected[name])
+
+    bank.swap("sql")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, range(80)))
+    assert bank.active == "sql" and logits(bank.model, bank).equal(expected["sql"])
+
+
+def test_pefts_own_set_adapter_on_the_banks_model_agrees(bank, expected):
+    bank.model.set_adapter(bank.key("sql"))
+    assert logits(bank.model, bank).equal(expected["sql"])
+    bank.swap("instruct")
+    assert logits(bank.model, bank).equal(expected["instruct"])
+    with bank.model.disable_adapter():
+        assert logits(bank.model, bank).equal(expected[None])
+    assert logits(bank.model, bank).equal(expected["instruct"])
+
+
+def test_loading_unloading_and_loading_again_keeps_every_adapter_exact(tiny, shelf, expected):
+    bank = adapters.AdapterBank(str(tiny))
+    assert logits(bank.model, bank).equal(expected[None])
+    found = {info.name: info for info in infos(tiny, shelf)}
+    for name in ("sql", "instruct", "detox-1.5"):
+        bank.load(found[name])
+    bank.swap("sql")
+    bank.unload("sql")
+    assert bank.active is None and logits(bank.model, bank).equal(expected[None])
+    bank.swap("detox-1.5")
+    bank.load(found["sql"])
+    assert logits(bank.model, bank).equal(expected["detox-1.5"])
+    for name in ("sql", "instruct", "detox-1.5"):
+        bank.swap(name)
+        assert logits(bank.model, bank).equal(expected[name])
+    for name in list(bank.adapters):
+        bank.unload(name)
+    assert logits(bank.model, bank).equal(expected[None]) and bank.generate(PROMPT, None, SHORT).tokens > 0
+    bank.load(found["sql"])
+    bank.swap("sql")
+    assert logits(bank.model, bank).equal(expected["sql"])
+
+
+def test_unloading_frees_the_adapters_memory(bank):
+    def count():
+        return sum(p.numel() for p in bank.model.parameters())
+
+    before, info = count(), bank.adapters["sql"]
+    assert bank.adapter_bytes("sql") == 4 * info.parameters
+    bank.unload("sql")
+    assert before - count() == info.parameters
+
+
+def test_a_swap_copies_nothing(bank):
+    before = {name: parameter.data_ptr() for name, parameter in bank.model.named_parameters()}
+    for name in ("sql", None, "instruct", "sql"):
+        assert bank.swap(name) >= 0
+    assert before == {name: parameter.data_ptr() for name, parameter in bank.model.named_parameters()}
+
+
+def test_unknown_and_doubled_names_are_refused(bank):
+    for call in (lambda: bank.swap("none"), lambda: bank.unload("none"), lambda: bank.generate(PROMPT, "none"),
+                 lambda: bank.generate_mixed([PROMPT], ["none"])):
+        with pytest.raises(WorkbookError, match="No adapter 'none' is loaded"):
+            call()
+    with pytest.raises(WorkbookError, match="already loaded"):
+        bank.load(bank.adapters["sql"])
+
+
+def test_sync_follows_the_folders(tiny, shelf, tmp_path, expected):
+    root = shutil.copytree(shelf, tmp_path / "shelf")
+    bank = adapters.AdapterBank(str(tiny))
+    look = lambda: bank.sync(adapters.discover(str(tiny), root, root / "none").adapters)
+    look()
+    assert sorted(bank.adapters) == ["detox-1.5", "instruct", "sql"]
+    shutil.rmtree(root / "instruct")
+    shutil.rmtree(root / "sql")
+    make_adapter(tiny, root / "sql", 9, rank=2)  # another adapter under a known name
+    shutil.copytree(shelf / "sql", root / "sql-new")
+    look()
+    assert sorted(bank.adapters) == ["detox-1.5", "sql", "sql-new"] and bank.adapters["sql"].rank == 2
+    bank.swap("sql-new")
+    assert logits(bank.model, bank).equal(expected["sql"])
+    bank.swap("sql")
+    assert not logits(bank.model, bank).equal(expected["sql"])
+
+
+def test_an_adapter_that_breaks_between_looking_and_loading_leaves_the_bank_whole(bank, tiny, made, tmp_path, expected):
+    folder = shutil.copytree(made, tmp_path / "late")
+    info = adapters.read_adapter(folder, str(tiny))
+    (folder / adapters.WEIGHTS).write_bytes(b"x" * 100)
+    assert "damaged" in bank.sync([*bank.adapters.values(), info])["late"]
+    bank.swap("sql")
+    assert "late" not in bank.adapters and logits(bank.model, bank).equal(expected["sql"])
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+SHORT = adapters.Settings(max_new_tokens=8)
+
+
+def alone(tiny, folder, prompt, tokens):
+    """The same answer the ordinary way: a fresh base model, PEFT, generate."""
+    from peft import PeftModel
+
+    model, tokenizer = base_models.load(str(tiny))
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, folder).eval()
+    batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    output = model.generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                            eos_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(output[0, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+
+
+def test_generation_equals_the_ordinary_way_and_streams_every_token(bank, tiny, shelf):
+    for name in (None, "sql", "detox-1.5"):
+        seen = []
+        answer = bank.generate(PROMPT, name, SHORT, seen.append)
+        assert answer.text == alone(tiny, shelf / name if name else None, PROMPT, 8)
+        assert len(seen) == answer.tokens + 1 and seen[-1] == answer.text and bank.active == name
+        assert 0 < answer.first_token_seconds <= answer.seconds and answer.tokens_per_second > 0 and not answer.stopped
+
+
+def test_a_mixed_batch_gives_each_row_its_own_adapters_answer(bank):
+    names, prompts = ["sql", None, "detox-1.5", "sql"], [PROMPT, "a much longer prompt, padded on the left: ", "x", "y z"]
+    seen = []
+    answers = bank.generate_mixed(prompts, names, SHORT, seen.append)
+    assert [answer.adapter for answer in answers] == names and len(seen[0]) == 4
+    for answer, name, prompt in zip(answers, names, prompts, strict=True):
+        assert answer.text == bank.generate(prompt, name, SHORT).text
+    assert bank.tokenizer.padding_side == bank.tokenizer.init_kwargs.get("padding_side", "right")
+
+
+def test_a_mixed_batch_of_one_kind_and_without_adapters(bank, tiny):
+    bank.swap("instruct")
+    assert bank.generate_mixed([PROMPT], ["sql"], SHORT)[0].text == bank.generate(PROMPT, "sql", SHORT).text
+    bank.swap("instruct")
+    bank.generate_mixed([PROMPT, "x"], [None, None], SHORT)
+    assert bank.active == "instruct"
+    empty = adapters.AdapterBank(str(tiny))
+    assert empty.generate_mixed([PROMPT], [None], SHORT)[0].text == bank.generate(PROMPT, None, SHORT).text
+
+
+def test_stop_ends_the_answer_within_a_token_and_leaves_the_bank_usable(bank):
+    import threading
+
+    stop, seen = threading.Event(), []
+
+    def on_text(text):
+        seen.append(text)
+        if len(seen) == 3:
+            stop.set()
+
+    answer = bank.generate(PROMPT, "sql", adapters.Settings(max_new_tokens=100), on_text, stop)
+    assert answer.stopped and answer.tokens == 3
+    assert not bank.generate(PROMPT, "sql", SHORT).stopped
+
+
+def test_a_swap_waits_for_the_answer_that_is_being_generated(bank):
+    """The answer is whole: the other thread's swap happens after it, and then holds."""
+    import threading
+
+    wanted = bank.generate(PROMPT, "sql", adapters.Settings(max_new_tokens=20)).text
+    started, swapped = threading.Event(), threading.Event()
+
+    def other():
+        started.wait(10)
+        bank.swap("detox-1.5")
+        swapped.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    early = []
+
+    def on_text(text):
+        started.set()
+        early.append(swapped.wait(0.005))
+
+    answer = bank.generate(PROMPT, "sql", adapters.Settings(max_new_tokens=20), on_text)
+    thread.join(10)
+    assert answer.text == wanted and not any(early) and swapped.is_set() and bank.active == "detox-1.5"
+
+
+def test_an_exception_while_streaming_reaches_the_caller_and_frees_the_lock(bank):
+    import threading
+
+    def broken(text):
+        raise ZeroDivisionError("of the listener")
+
+    with pytest.raises(ZeroDivisionError):
+        bank.generate(PROMPT, "sql", SHORT, broken)
+    done = threading.Thread(target=bank.swap, args=(None,))
+    done.start()
+    done.join(5)
+    assert not done.is_alive() and bank.active is None
+
+
+def test_sampling_follows_its_seed_and_leaves_the_readers_random_state_alone(bank):
+    import torch
+
+    hot = lambda seed: adapters.Settings(max_new_tokens=12, sample=True, temperature=5.0, top_p=1.0, top_k=0, seed=seed)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    texts = [bank.generate(PROMPT, "sql", hot(seed)).text for seed in (1, 2, 1)]
+    assert texts[0] == texts[2] != texts[1] and torch.equal(before, torch.get_rng_state())
+
+
+def test_beams_show_their_end_and_stop_text_cuts(bank):
+    seen = []
+    answer = bank.generate(PROMPT, "sql", adapters.Settings(max_new_tokens=6, beams=3), seen.append)
+    assert seen == [answer.text]
+    assert len(bank.generate_mixed([PROMPT, "x"], ["sql", None], adapters.Settings(max_new_tokens=4, beams=2))) == 2
+    free = bank.generate(PROMPT, "instruct", adapters.Settings(max_new_tokens=30))
+    mark = free.text.strip()[3]
+    cut = bank.generate(PROMPT, "instruct", adapters.Settings(max_new_tokens=30, stop=mark))
+    assert mark in cut.text and cut.tokens < free.tokens and free.text.startswith(cut.text)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"temperature": 0.0}, "temperature is 0.0"), ({"top_p": 2}, "top_p is 2"),
+    ({"beams": 99}, "beams is 99"), ({"seed": -1}, "seed is -1"), ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+    ({"max_new_tokens": 600}, "more than the 512"),
+])
+def test_settings_out_of_range_are_named(bank, changes, said):
+    with pytest.raises(WorkbookError, match=re.escape(said)):
+        bank.generate(PROMPT, None, adapters.Settings(**changes))
+
+
+def test_an_empty_prompt_is_named(bank):
+    with pytest.raises(WorkbookError, match="prompt is empty"):
+        bank.generate("", None)
+
+
+def test_a_bloom_base_swaps_too(tiny_bloom, tmp_path):
+    make_adapter(tiny_bloom, tmp_path / "one", modules=["query_key_value", "dense_4h_to_h"])
+    bank = adapters.AdapterBank(str(tiny_bloom))
+    bank.sync(adapters.discover(str(tiny_bloom), tmp_path, tmp_path / "none").adapters)
+    assert bank.generate(PROMPT, "one", SHORT).text == alone(tiny_bloom, tmp_path / "one", PROMPT, 8)
+    assert bank.generate(PROMPT, None, SHORT).text == alone(tiny_bloom, None, PROMPT, 8)
