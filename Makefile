@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 LESSONS := $(sort $(wildcard notebooks/0*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
 EXECUTE := $(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
 
-.PHONY: setup run test lint unit notebooks-test exercises lab notebooks lock clean
+.PHONY: setup run test lint unit notebooks-test exercises lab notebooks needs lock clean
 
 setup: $(READY)
 
@@ -51,6 +51,10 @@ lab: setup
 
 notebooks: setup exercises
 	@for notebook in $(LESSONS); do $(EXECUTE) $$notebook || exit 1; done
+
+# Runs every notebook (half an hour): what each needs, for notebooks/needs.json and README's table.
+needs: setup
+	$(PY) tests/needs.py $(ARGS)
 
 lock: setup
 	@{ echo "# The exact versions that the tests ran with (Python 3.11, CPU). Made by: make lock"; \

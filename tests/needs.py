@@ -1,0 +1,162 @@
+"""What each notebook needs, measured: seconds and peak memory, written to notebooks/needs.json and into README's table.
+
+    python tests/needs.py                 run every notebook
+    python tests/needs.py 01 03           run these
+    python tests/needs.py --table         run nothing; write README's table again
+
+Every notebook runs headless, from a clean kernel, in a copy of the project, so that nothing in this folder changes. Run
+it on a machine that does nothing else: `load` in the file is the load average just before a notebook started.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+NEEDS, README = ROOT / "notebooks" / "needs.json", ROOT / "README.md"
+BEGIN, END = "<!-- needs:begin -->", "<!-- needs:end -->"
+COPIED = ("notebooks", "helpers", "adapters", "tests", "pyproject.toml", "README.md", "Makefile")
+INTERVAL = 0.2  # seconds between two looks at the memory
+
+
+def lessons() -> list[Path]:
+    """The lessons that exist, in order."""
+    return sorted((ROOT / "notebooks").glob("0*.ipynb"))
+
+
+def code_of(notebook) -> str:
+    """A hash of a notebook's code: figures measured with other code are out of date."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:12]
+
+
+class PeakMemory:
+    """Watches this process's children: the largest sum of their resident memory, in bytes (shared pages count each time)."""
+
+    def __init__(self):
+        import psutil
+
+        self.bytes, self._gone, self._me = 0, psutil.Error, psutil.Process()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self):
+        while not self._done.wait(INTERVAL):
+            total = 0
+            for child in self._me.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except self._gone:  # it ended between the list and the look
+                    continue
+            self.bytes = max(self.bytes, total)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._done.set()
+        self._thread.join()
+
+
+def measure(path: Path, timeout: int = 3600) -> dict:
+    """Run one notebook in a copy of the project. Returns its figures. Raises what its failing cell raised."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory(prefix="needs-") as folder:
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__", "custom"))
+            elif source.exists():
+                shutil.copy(source, Path(folder) / name)
+        os.environ["CUSTOM_LORA_ADAPTERS_DIR"] = str(Path(folder) / "adapters" / "custom")
+        client = NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(Path(folder) / "notebooks")}})
+        load, start = os.getloadavg()[0], time.monotonic()
+        with PeakMemory() as memory:
+            client.execute()
+        seconds = time.monotonic() - start
+    return {"seconds": round(seconds, 1), "peak_bytes": memory.bytes, "load": round(load, 1), "code": code_of(notebook),
+            "date": date.today().isoformat(), "machine": machine()}
+
+
+def machine() -> str:
+    """One line that says where the figures come from."""
+    import torch
+
+    from helpers import base_models
+
+    return f"{base_models.hardware()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def table() -> str:
+    """The lessons and their figures as Markdown; a lesson without figures has dashes, one changed since then says so."""
+    import nbformat
+
+    known = json.loads(NEEDS.read_text()) if NEEDS.exists() else {}
+    lines, machines = [], set()
+    for path in lessons():
+        notebook = nbformat.read(path, as_version=4)
+        code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+        device = "CPU" if 'device="cpu"' in code else "GPU if there is one, otherwise CPU"
+        title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+        if found := known.get(path.stem):
+            machines.add(f"{found['machine']}, {found['date']}")
+            old = "" if found["code"] == code_of(notebook) else " (before its last change)"
+            figures = f"{found['seconds'] / 60:.1f}{old} | {found['peak_bytes'] / 1e9:.1f}"
+        else:
+            figures = "– | –"
+        lines.append(f"| {title} | {device} | {figures} |")
+    head = ["| notebook | device | minutes | memory (GB) |", "| --- | --- | ---: | ---: |"]
+    return "\n".join([*head, *lines, "", f"Measured by `make needs` on: {'; '.join(sorted(machines)) or 'nothing yet'}."])
+
+
+def write_readme() -> None:
+    """Put the table between README's markers."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    replace(README, f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
+
+
+def replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", help="notebooks to run, such as 01 03 (default: all)")
+    parser.add_argument("--table", action="store_true", help="run nothing; only write README's table again")
+    options = parser.parse_args(arguments)
+    chosen = [path for path in lessons() if not options.numbers or path.stem[:2] in options.numbers]
+    failed = []
+    for path in chosen if not options.table else []:
+        print(f"{path.stem}: ", end="", flush=True)
+        try:
+            found = measure(path)
+        except Exception as error:  # the other notebooks still run; the exit code says that one did not
+            failed.append(path.stem)
+            print(f"failed: {str(error).strip().splitlines()[-1]}")
+            continue
+        known = json.loads(NEEDS.read_text()) if NEEDS.exists() else {}
+        replace(NEEDS, json.dumps(known | {path.stem: found}, indent=1, sort_keys=True) + "\n")
+        print(f"{found['seconds']:.0f} s, {found['peak_bytes'] / 1e9:.1f} GB (load before: {found['load']})")
+    write_readme()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
