@@ -29,6 +29,7 @@ class Task:
     stop: text at which generated answers are cut (None: only at the end-of-text token).
     metric: the metric that a result is summed up by; one of helpers.evaluation's.
     samples: rows without the target, used as ready-made prompts.
+    generation: how the panel generates, where it differs from greedy: fields of `adapters.Settings`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Task:
     stop: str | None = "\n"
     metric: str = "chrf"
     samples: tuple[dict[str, str], ...] = ()
+    generation: dict = field(default_factory=dict)
 
     def __post_init__(self):
         named = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
@@ -109,6 +111,7 @@ register(Task(
     max_new_tokens=128,
     stop=None,
     metric="rouge_l",
+    generation={"repetition_penalty": 1.1},  # small models loop when they write freely
     samples=(
         {"instruction": "Sort these words alphabetically.", "input": "pear, apple, mango, fig"},
         {"instruction": "Write a short thank-you note to Maria for her help with moving.", "input": ""},
