@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 LESSONS := $(sort $(wildcard notebooks/0*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
 EXECUTE := $(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
 
-.PHONY: setup run test lint unit notebooks-test exercises lab notebooks needs lock clean
+.PHONY: setup run test lint unit notebooks-test exercises lab notebooks needs lock audit canary soak clean
 
 setup: $(READY)
 
@@ -60,5 +60,19 @@ lock: setup
 	@{ echo "# The exact versions that the tests ran with (Python 3.11, CPU). Made by: make lock"; \
 	  $(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.tmp && mv constraints.txt.tmp constraints.txt
 
+# Known vulnerabilities of the pinned packages. Where the database is out of reach it says NOT AUDITED, which is no pass.
+audit:
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+	  $(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
+	@$(VENV)-audit/bin/python tests/audit.py
+
+# The newest releases that pyproject.toml allows, in an environment of their own: which library broke what.
+canary: setup
+	$(PY) tests/canary.py $(ARGS)
+
+# Long runs: 1,000 swaps and generations; 50 kill-and-resume cycles.
+soak: setup
+	$(PY) tests/soak.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-canary .pytest_cache .ruff_cache .hypothesis
