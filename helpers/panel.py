@@ -154,7 +154,7 @@ class Panel:
         self.error: BaseException | None = None
         self.state = IDLE
         self._stop = threading.Event()
-        self._busy = threading.Lock()  # held by whoever may start the worker: two clicks make one run
+        self._busy = threading.RLock()  # held while the state changes: two clicks make one run
         self._worker: threading.Thread | None = None
         self._filling = False
         self._build()
@@ -247,7 +247,7 @@ class Panel:
         self._filling = False
         self._fill_sample()
         self._reset_settings()
-        if self.bank is not None:
+        if len(self.adapter.options) > 1:
             self.adapter.value = default_adapter(task, self.bank.adapters)
 
     def _fill_sample(self) -> None:
@@ -280,18 +280,19 @@ class Panel:
 
     def _choose_adapter(self) -> None:
         """Swap at once; while an answer is generated, after it (the worker does it)."""
-        if self.bank is None or self._filling:
-            return
-        if self.state in (GENERATING, STOPPING):
-            self._say(f"{self.state}; swaps to {self.adapter.label} after this answer")
-        elif self.state != LOADING:
-            self._swap_to_chosen()
+        with self._busy:
+            if self.bank is None or self._filling or self.state == LOADING:
+                return
+            if self.state in (GENERATING, STOPPING):
+                self._say(f"{self.state}; swaps to {self.adapter.label} after this answer")
+            else:
+                self._say(f"{self.state}: {self._swap_to_chosen() or 'nothing to swap'}")
 
-    def _swap_to_chosen(self) -> None:
+    def _swap_to_chosen(self) -> str:
         name = self.adapter.value
-        if name != self.bank.active and (name is None or name in self.bank.adapters):
-            seconds = self.bank.swap(name)
-            self._say(f"swapped to {self.adapter.label} in {1e3 * seconds:.3f} ms")
+        if self.bank is None or name == self.bank.active or (name is not None and name not in self.bank.adapters):
+            return ""
+        return f"swapped to {self.adapter.label} in {1e3 * self.bank.swap(name):.3f} ms"
 
     def halt(self) -> None:
         """Ask the running answer to end at its next token."""
@@ -340,9 +341,8 @@ class Panel:
             self.error = error
             said = str(error) if isinstance(error, WorkbookError) else f"{type(error).__name__}: {error}"
         with self._busy:
-            self._set(ERROR if self.error else IDLE, said)
-        if self.bank is not None and self.adapter.value != self.bank.active:
-            self._swap_to_chosen()
+            swapped = self._swap_to_chosen()
+            self._set(ERROR if self.error else IDLE, f"{said}; {swapped}" if swapped else said)
 
     def _load(self) -> str:
         if self.bank is None:
