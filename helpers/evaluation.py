@@ -20,17 +20,19 @@ from helpers.tasks import Task
 # ------------------------------------------------------------------------------------------------------- generation
 
 
-def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_size: int = 32, stop: str | None = None,
+def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_size: int | None = None, stop: str | None = None,
              progress=None, **settings) -> list[str]:
     """Generate one completion per prompt, greedily unless `settings` (of transformers' generate) say otherwise.
 
     Prompts are sorted by length and padded on the left, so that batches waste little. `stop`: a row ends once it has
-    written this text after something else. progress: called with the number of prompts done.
+    written this text after something else. batch_size: prompts at once; None: 32 on a CPU, 256 on a GPU. progress: called
+    with the number of prompts done.
     Returns the completions in the order of the prompts, without special tokens.
     """
     import torch
     from transformers import StoppingCriteriaList
 
+    batch_size = batch_size or (256 if model.device.type == "cuda" else 32)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts: list[str] = [""] * len(prompts)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **settings}
@@ -150,8 +152,11 @@ def run_sql(connection: sqlite3.Connection, query: str, seconds: float = 1.0, ma
 
     deadline = time.monotonic() + seconds
     connection.set_authorizer(authorise)
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)  # no single text or blob beyond 1 MB
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)
+    # The deadline is looked at between SQLite's operations. One operation on long texts (instr, LIKE) can take minutes, and
+    # a thousand rows of them a gigabyte: so no text beyond 50 kB, and no pattern beyond 200 characters.
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200)
     try:
         cursor = connection.execute(query)
         if cursor.description is None:
@@ -204,9 +209,10 @@ def _literal_value(literal):
     if literal.is_string:
         return literal.this.replace("%", "").strip() or "x"
     try:
-        return int(literal.this)
+        number = int(literal.this)
     except ValueError:
-        return float(literal.this)
+        number = float(literal.this)
+    return number if -(2**62) < number < 2**62 else float(number)  # SQLite's own integers have 64 bits
 
 
 def fill_databases(context: str, queries: list[str], seed: int = 0, databases: int = 6,
@@ -343,7 +349,7 @@ def score(task: Task, answers: list[str], rows: list[dict[str, str]]) -> list[di
     return scored
 
 
-def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]], batch_size: int = 32, progress=None,
+def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]], batch_size: int | None = None, progress=None,
              seed: int = 0) -> dict:
     """Generate an answer for every row, score them, and sum up.
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import WorkbookError, base_models, data, tasks
+from helpers.base_models import custom_adapters_dir  # noqa: F401 (notebooks say fine_tuning.custom_adapters_dir)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,13 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PRESETS: dict[str, dict] = {
     "default": dict(precision="4bit", rank=16, alpha=32, dropout=0.0, learning_rate=2e-3, schedule="cosine", epochs=1.0,
                     max_rows=640, data_fraction=1.0, batch_size=8, gradient_accumulation=1, max_length=512,
-                    packing=False, optimizer="adamw_torch", completion_only=True),
+                    packing="none", optimizer="adamw_torch", completion_only=True),
     "full_data": dict(precision="full", rank=8, alpha=16, dropout=0.0, learning_rate=2e-3, schedule="cosine",
-                      epochs=4.0, max_rows=-1, data_fraction=1.0, batch_size=128, gradient_accumulation=1,
-                      max_length=1024, packing=False, optimizer="adamw_torch", completion_only=True),
+                      epochs=4.0, max_rows=-1, data_fraction=1.0, batch_size=32, gradient_accumulation=1,
+                      max_length=1024, packing="documents", optimizer="adamw_torch", completion_only=True),
     "reference": dict(precision="4bit", rank=16, alpha=32, dropout=0.05, learning_rate=2e-4, schedule="constant",
                       epochs=1.0, max_rows=-1, data_fraction=1.0, batch_size=1, gradient_accumulation=4,
-                      max_length=1024, packing=True, optimizer="paged_adamw_32bit", completion_only=False),
+                      max_length=1024, packing="wrapped", optimizer="paged_adamw_32bit", completion_only=False),
 }
 REFERENCE_TASKS = {"instruct": dict(data_fraction=0.3, epochs=1.0), "sql": dict(epochs=2.0), "detox": dict(epochs=4.0)}
 
@@ -44,6 +45,9 @@ class FineTuneConfig:
     """Everything that decides a fine-tuning run. Build it with `from_parameters`, which fills in the preset and checks.
 
     Sizes: max_rows (-1: all rows of the split), max_length in tokens, batch_size in rows per worker and forward pass.
+    packing: "none" pads rows of like length; "documents" puts several into one row of max_length tokens, where each sees
+    only itself; "wrapped" cuts one long stream into rows, documents and all (the reference's way).
+    compile: torch.compile for the transformer blocks; it pays on a GPU in runs of minutes.
     alpha scales the update by alpha / rank (LoRA, arXiv:2106.09685, section 4.1).
     """
 
@@ -65,10 +69,11 @@ class FineTuneConfig:
     batch_size: int = 0
     gradient_accumulation: int = 0
     max_length: int = 0
-    packing: bool | None = None
+    packing: str = ""
     optimizer: str = ""
     completion_only: bool | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
     checkpoint_steps: int = 20
     seed: int = 0
 
@@ -87,7 +92,7 @@ class FineTuneConfig:
             raise WorkbookError(f"preset {name!r} is unknown: use one of {', '.join(PRESETS)}.")
         preset = {**PRESETS[name], **(REFERENCE_TASKS.get(task.name, {}) if name == "reference" else {})}
         given = {key: value for key, value in parameters.items()
-                 if value not in (0, "", None) or key in ("seed", "gradient_checkpointing") or isinstance(value, bool)}
+                 if value not in (0, "", None) or key in ("seed", "gradient_checkpointing", "compile") or isinstance(value, bool)}
         if given.get("dropout", 0) == -1.0:
             del given["dropout"]
         config = cls(**{**preset, **given, "preset": name})
@@ -108,7 +113,8 @@ class FineTuneConfig:
         if self.max_rows < 1 and self.max_rows != -1:
             raise WorkbookError(f"max_rows is {self.max_rows}: it must be at least 1, or -1 for all rows.")
         for name, allowed in (("precision", ("4bit", "full")), ("schedule", ("cosine", "constant", "linear")),
-                              ("optimizer", ("adamw_torch", "paged_adamw_32bit"))):
+                              ("optimizer", ("adamw_torch", "paged_adamw_32bit")),
+                              ("packing", ("none", "documents", "wrapped"))):
             if getattr(self, name) not in allowed:
                 raise WorkbookError(f"{name} is {getattr(self, name)!r}: use {' or '.join(allowed)}.")
         known = self.data == "practice" or self.data == "hub" or self.data.startswith("hub:")
@@ -141,11 +147,6 @@ def check_free(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WorkbookError(f"The output folder {folder} already exists and is not empty: choose another adapter_dir or "
                             "remove it.")
-
-
-def custom_adapters_dir() -> Path:
-    """Where the reader's own adapters go: ``$CUSTOM_LORA_ADAPTERS_DIR`` or ``adapters/custom`` of this project."""
-    return Path(os.environ.get("CUSTOM_LORA_ADAPTERS_DIR") or ROOT / "adapters" / "custom").expanduser()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -255,36 +256,104 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     model = get_peft_model(model, lora)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows_a_step = config.batch_size * config.gradient_accumulation * world
-    steps = config.max_steps or max(1, math.ceil(config.epochs * len(encoded) / rows_a_step))
+    if not config.completion_only:  # a document's first token has nothing before it that could predict it
+        encoded = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in encoded]
+    dataset = Dataset.from_list(encoded)
+    if config.packing == "documents":
+        _refuse_mixed_documents(model, config.base_model)
+        dataset = pack_documents(dataset, config.max_length)
+    steps = config.max_steps or max(1, math.ceil(config.epochs * len(dataset) / rows_a_step))
     cuda = torch.cuda.is_available()
     dtype = base_models.best_dtype()
     arguments = SFTConfig(
         output_dir=str(run_dir / "checkpoints"), max_steps=steps, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation, learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule, warmup_steps=0 if config.schedule == "constant" else max(1, steps // 20),
-        optim=config.optimizer, max_grad_norm=1.0, seed=config.seed, data_seed=config.seed,
+        optim="adamw_torch_fused" if cuda and config.optimizer == "adamw_torch" else config.optimizer,
+        max_grad_norm=1.0, seed=config.seed, data_seed=config.seed,
         bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
-        gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length, packing=config.packing,
-        packing_strategy="wrapped", dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
-        remove_unused_columns=False,
+        gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length,
+        packing=config.packing == "wrapped", packing_strategy="wrapped",
+        dataset_kwargs=None if config.packing == "wrapped" else {"skip_prepare_dataset": True}, remove_unused_columns=False,
+        logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         logging_steps=max(1, steps // 100), save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False)
-    if not config.completion_only:
-        encoded = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in encoded]
-    extra = {} if config.packing else {"data_collator": Collator(tokenizer.pad_token_id)}
-    trainer = _trainer_class()(model=model, args=arguments, train_dataset=Dataset.from_list(encoded),
-                               processing_class=tokenizer, **extra)
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda,
+        dataloader_num_workers=2 if cuda else 0,
+        dataloader_persistent_workers=cuda, ddp_find_unused_parameters=False)
+    collators = {"none": Collator(tokenizer.pad_token_id),
+                 "documents": PackedCollator(tokenizer.pad_token_id, config.max_length)}
+    extra = {} if config.packing == "wrapped" else {"data_collator": collators[config.packing]}
+    trainer = _trainer_class()(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, **extra)
     # TRL 1.16 turns the adapter of a 4-bit base into bfloat16. Steps smaller than its 8 bits of mantissa are then lost, CPUs
     # without AMX slow down, and a resumed run (whose weights load as float32) takes another path. So: float32 throughout.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if config.compile:
+        compile_blocks(trainer.model)
     trainer.remove_callback(PrinterCallback)  # Progress prints instead
     trainer.add_callback(_progress_callback()())
     if trainer.accelerator.num_processes != world:
         raise WorkbookError(f"{world} workers were asked for and {trainer.accelerator.num_processes} started: this is a "
                             "fault of the launcher; start the job again.")
     return trainer
+
+
+def pack_documents(dataset, length: int):
+    """Rows packed by best-fit decreasing into rows of at most `length` tokens; ``seq_lengths`` says where documents end."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+    from trl import pack_dataset
+
+    disable_progress_bar()
+    try:
+        return pack_dataset(dataset, length, "bfd")
+    finally:
+        enable_progress_bar()
+
+
+def _refuse_mixed_documents(model, name: str) -> None:
+    """Packed documents stay apart by positions and a mask: refuse models that take no positions (BLOOM's ALiBi)."""
+    import inspect
+
+    if "position_ids" not in inspect.signature(model.get_base_model().forward).parameters:
+        raise WorkbookError(f"packing='documents' cannot be used with {name}: it takes no position_ids, so documents in one "
+                            "row would see each other. Use packing='none'.")
+
+
+def compile_blocks(model) -> None:
+    """torch.compile for every transformer block: they share one compiled graph, so compiling takes seconds, not minutes."""
+    import torch
+
+    blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Packed rows to a batch of a fixed width, so that every step has the same shapes.
+
+    position_ids start at 0 in every document; the mask (rows, 1, width, width) lets a token see its own document up to
+    itself. Padding counts as one more document, with no labels.
+    """
+
+    pad_token_id: int
+    width: int
+
+    def __call__(self, rows: list[dict]) -> dict:
+        import torch
+
+        shape = (len(rows), self.width)
+        ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, -100)
+        positions, document = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for i, row in enumerate(rows):
+            used = len(row["input_ids"])
+            ids[i, :used] = torch.tensor(row["input_ids"])
+            labels[i, :used] = torch.tensor(row["labels"])
+            lengths = [*row["seq_lengths"], self.width - used]
+            positions[i] = torch.cat([torch.arange(n) for n in lengths])
+            document[i] = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, "document": document}
 
 
 @dataclass(frozen=True)
@@ -354,22 +423,34 @@ def completion_loss(model, inputs: dict, count=None):
     head = getattr(model, "module", model).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][scored], *arguments[1:]))
     try:
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        logits = model(input_ids=inputs["input_ids"], use_cache=False, **_attention_inputs(inputs)).logits
     finally:
         hook.remove()
     total = cross_entropy(logits.float(), targets[scored], reduction="sum")
     return total / (scored.sum() if count is None else count)
 
 
+def _attention_inputs(inputs: dict) -> dict:
+    """What keeps rows apart: the padding mask, or for packed rows the positions and a mask of their documents."""
+    import torch
+
+    if "document" not in inputs:
+        return {"attention_mask": inputs["attention_mask"]}
+    document = inputs["document"]
+    causal = torch.ones(document.shape[1], document.shape[1], dtype=torch.bool, device=document.device).tril()
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return {"attention_mask": same & causal, "position_ids": inputs["position_ids"]}
+
+
 def _trainer_class():
     from trl import SFTTrainer
 
     class CompletionTrainer(SFTTrainer):
-        """SFTTrainer whose loss skips the prompt's logits. Packed rows keep TRL's own loss."""
+        """SFTTrainer whose loss skips the prompt's logits. Wrapped rows keep TRL's own loss."""
 
         def _get_train_sampler(self, train_dataset=None):
             rows = self.train_dataset if train_dataset is None else train_dataset
-            if self.args.packing:
+            if self.args.packing:  # wrapped
                 return super()._get_train_sampler(train_dataset)
             # One optimizer step's rows, over all workers and accumulated passes, have like lengths.
             together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
@@ -525,6 +606,7 @@ def publish(run_dir: Path, adapter_dir: Path, metrics: dict, examples: list[dict
         with tempfile.TemporaryDirectory(prefix=".publishing-", dir=adapter_dir.parent) as temporary:
             staging = Path(temporary) / "adapter"
             shutil.copytree(run_dir / "trained", staging, ignore=shutil.ignore_patterns("result.json"))
+            record["weights_sha256"] = base_models.sha256(staging / "adapter_model.safetensors")  # checked when it is read
             write_json(staging / "metrics.json", record)
             (staging / "README.md").write_text(model_card(record, examples or []), encoding="utf-8")
             if adapter_dir.is_dir():

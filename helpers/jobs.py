@@ -90,6 +90,19 @@ class Plan:
     status: dict | None
     effective: dict = dataclasses.field(default_factory=dict)
 
+    def command(self) -> str:
+        """What to type for the same run: parameters that are not the job's defaults; of a path only its last part."""
+        own = {n: v for n, v in self.parameters.items() if n not in SET_BY_JOB and n not in self.job.outputs
+               and v != self.job.parameters.get(n, self.job.declared[n].default)}
+        given = [f"-p {n}={Path(v).name if n in self.job.paths and Path(str(v)).is_absolute() else v}" for n, v in own.items()]
+        workers = self.parameters.get("workers") or 1
+        return " ".join(["python -m helpers.jobs run", self.job.name, *given, *([f"--workers {workers}"] if workers > 1 else [])])
+
+    def injected(self) -> dict:
+        """The parameters, with run_dir and resume if the notebook declares them."""
+        own = {"run_dir": str(self.run_dir), "resume": self.status is not None}
+        return self.parameters | {name: value for name, value in own.items() if name in self.job.declared}
+
 
 # ---- what can be checked without a kernel ----------------------------------------------------------------------------
 
@@ -405,6 +418,7 @@ class Attempt:
         attempt, env = self, os.environ | {MARKER: str(self.plan.run_dir), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         env |= {"IPYTHONDIR": scratch, "JUPYTER_RUNTIME_DIR": scratch}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env["WORKBOOK_COMMAND"] = self.plan.command()
         if "workers" in self.plan.parameters:
             env["NUM_GPU_WORKERS"] = str(self.plan.parameters["workers"])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from helpers import WorkbookError, base_models, data, fine_tuning, tasks
 from helpers.practice import practice_rows
@@ -21,9 +22,9 @@ def config(tiny, **changes):
 
 def test_presets_fill_what_is_left_open():
     default = fine_tuning.FineTuneConfig.from_parameters(task="sql")
-    assert (default.precision, default.rank, default.packing) == ("4bit", 16, False)
+    assert (default.precision, default.rank, default.packing) == ("4bit", 16, "none")
     reference = fine_tuning.FineTuneConfig.from_parameters(task="instruct", preset="reference", rank=4)
-    assert (reference.packing, reference.data_fraction, reference.rank, reference.alpha) == (True, 0.3, 4, 32)
+    assert (reference.packing, reference.data_fraction, reference.rank, reference.alpha) == ("wrapped", 0.3, 4, 32)
     assert reference.optimizer == "paged_adamw_32bit"
     assert fine_tuning.FineTuneConfig.from_parameters(task="detox", preset="reference").epochs == 4.0
 
@@ -56,6 +57,34 @@ def test_the_loss_equals_the_models_own(architecture, request):
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-4)
     assert not model.get_output_embeddings()._forward_pre_hooks, "the hook was left behind"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_documents_train_like_rows_of_their_own(tiny, compiled):
+    """One packed batch has the loss and the gradients of the same rows padded: documents do not see each other."""
+    model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
+    encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
+    packed = fine_tuning.pack_documents(Dataset.from_list(encoded), 512)
+    assert len(packed) < 12 and max(map(len, packed["seq_lengths"])) > 1
+    batches = [fine_tuning.Collator(tokenizer.pad_token_id)(encoded),
+               fine_tuning.PackedCollator(tokenizer.pad_token_id, 512)(list(packed))]
+    weight = model.get_input_embeddings().weight
+    results = []
+    for batch in batches:
+        if compiled and "document" in batch:
+            torch._dynamo.reset()
+            fine_tuning.compile_blocks(model)
+        model.zero_grad()
+        loss = fine_tuning.completion_loss(model, batch)
+        loss.backward()
+        results.append((loss.item(), weight.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], abs=2e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-3)
+
+
+def test_a_model_without_positions_is_not_packed(tiny_bloom, tmp_path):
+    with pytest.raises(WorkbookError, match="packing='documents' cannot be used with .*tiny-bloom"):
+        fine_tuning.fine_tune(config(tiny_bloom, packing="documents"), tmp_path)
 
 
 def test_accumulated_batches_train_like_one_large_batch(tiny, tmp_path):
