@@ -15,6 +15,7 @@ import io
 import json
 import os
 import secrets
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -32,14 +33,14 @@ REDRAW_SECONDS = 0.05  # a screen update a token would be more traffic than read
 
 STYLE = """<style>
 .lora-panel {max-width: 1180px; color: var(--jp-ui-font-color1, #111); background: var(--jp-layout-color1, #fff)}
-.lora-panel .widget-html-content, .lora-panel .jupyter-widget-html-content {line-height: 1.45; overflow-wrap: anywhere}
+.lora-panel .widget-html-content, .lora-panel .jupyter-widget-html-content {line-height: 1.45; overflow-wrap: break-word}
 .lora-panel .status {display: inline-block; padding: 2px 10px; border-radius: 10px;
   border: 1px solid var(--jp-border-color1, #888); background: var(--jp-layout-color2, #eee);
   color: var(--jp-ui-font-color1, #111)}
 .lora-panel .status.error {border: 2px solid var(--jp-error-color1, #b71c1c)}
 .lora-panel .card {border: 1px solid var(--jp-border-color1, #888); border-radius: 4px; padding: 8px 10px; min-height: 110px}
 .lora-panel .card h4 {margin: 0 0 6px 0}
-.lora-panel pre {white-space: pre-wrap; margin: 0 0 6px 0; padding: 6px; max-height: 320px; overflow: auto;
+.lora-panel pre {white-space: pre-wrap; word-break: normal; margin: 0 0 6px 0; padding: 6px; max-height: 320px; overflow: auto;
   background: var(--jp-layout-color2, #f4f4f4); color: var(--jp-content-font-color1, #111)}
 .lora-panel table {border-collapse: collapse; margin: 4px 0}
 .lora-panel th, .lora-panel td {border: 1px solid var(--jp-border-color2, #aaa); padding: 2px 8px; text-align: left;
@@ -165,7 +166,7 @@ class Panel:
     def _build(self) -> None:
         import ipywidgets as w
 
-        wide, label = w.Layout(width="100%"), {"description_width": "110px"}
+        wide, label = w.Layout(width="calc(100% - 4px)"), {"description_width": "110px"}
         half = w.Layout(width="auto", min_width="260px", flex="1 1 300px")
         self.status = w.HTML()
         self.task = w.Dropdown(description="Task", options=[(t.title, t.name) for t in tasks.TASKS.values()], style=label,
@@ -237,7 +238,7 @@ class Panel:
         task = self.current_task
         self._filling = True
         self.fields = {name: w.Textarea(description=name.capitalize(), rows=3 if name in ("context", "input") else 2,
-                                        style={"description_width": "110px"}, layout=w.Layout(width="100%"))
+                                        style={"description_width": "110px"}, layout=w.Layout(width="calc(100% - 4px)"))
                        for name in task.columns}
         for field in self.fields.values():
             field.observe(lambda change: self._show_prompt(), "value")
@@ -513,10 +514,12 @@ def main(arguments: list[str] | None = None) -> int:
         config.write_text(json.dumps({"Voila": {"token": token}}))
         command = [sys.executable, "-m", "voila", str(path), "--no-browser", f"--port={options.port}", "--Voila.ip=127.0.0.1",
                    "--MappingKernelManager.cull_idle_timeout=3600", "--MappingKernelManager.cull_interval=60"]
+        server = subprocess.Popen(command, cwd=folder, env={**os.environ, "JUPYTER_CONFIG_PATH": folder})
+        signal.signal(signal.SIGTERM, lambda *_: server.terminate())  # the page and its kernels end with this process
         try:
-            return subprocess.run(command, check=False, cwd=folder, env={**os.environ, "JUPYTER_CONFIG_PATH": folder}).returncode
-        except KeyboardInterrupt:
-            return 0
+            return server.wait()
+        except KeyboardInterrupt:  # Ctrl-C reached the server too
+            return server.wait()
 
 
 if __name__ == "__main__":

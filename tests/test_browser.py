@@ -1,0 +1,448 @@
+"""The panel in a real browser: Chromium drives JupyterLab and the web page as a person would, on a tiny base model.
+
+Skipped, with the reason, where no Chromium is found: `make browser` installs one where it can.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from test_adapters import make_adapter
+
+from helpers import adapters, tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "a-token-of-the-tests"
+PATIENCE = 180_000  # ms: a kernel that starts on a busy machine
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+
+
+def executable() -> str | None:
+    """The system's Chromium, else the one that Playwright installed, else None."""
+    if CHROMIUM:
+        return CHROMIUM
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = playwright.chromium.executable_path
+    return path if Path(path).exists() else None
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = executable()
+    if path is None:
+        reason = "no Chromium was found: run `make browser` (or install chromium); the panel was NOT tested in a browser"
+        if os.environ.get("WORKBOOK_REQUIRE_BROWSER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Without a sandbox only because tests in containers run as root; every page is our own, on this machine.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def shelf(tiny, tmp_path_factory):
+    root = tmp_path_factory.mktemp("browser-shelf")
+    for seed, name in enumerate(("instruct", "sql", "detox")):
+        make_adapter(tiny, root / name, seed)
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A server process with its own folders; `custom` is where its panel looks for the reader's adapters."""
+
+    def __init__(self, command: list[str], folder: Path, port: int, custom: Path):
+        self.port, self.custom, self.log = port, custom, folder / "server.log"
+        environment = {**os.environ, "CUSTOM_LORA_ADAPTERS_DIR": str(custom), "OMP_NUM_THREADS": "1", "VOILA_TOKEN": TOKEN,
+                       "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data"),
+                       "PYTHONPATH": str(ROOT)}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + PATIENCE / 1000
+        while self.get("/api/status")[0] is None:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.3)
+
+    def get(self, path: str, token: str | None = None):
+        """(HTTP status or None, body) of a request that follows no redirect."""
+        class Stay(urllib.request.HTTPRedirectHandler):
+            def redirect_request(self, *_):
+                return None
+
+        headers = {"Authorization": f"token {token}"} if token else {}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+        try:
+            with urllib.request.build_opener(Stay).open(request, timeout=20) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, ""
+        except (urllib.error.URLError, ConnectionError):
+            return None, ""
+
+    def kernels(self) -> list[str]:
+        return [kernel["id"] for kernel in json.loads(self.get("/api/kernels", TOKEN)[1])]
+
+    def end(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="session")
+def lab(browser, tiny, shelf, tmp_path_factory):
+    """JupyterLab with one notebook whose only cell shows the panel."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "notebooks").mkdir()
+    cell = nbformat.v4.new_code_cell(f"from helpers import panel\nexplorer = panel.show(base_name={str(tiny)!r}, "
+                                     f"prebuilt={str(shelf)!r})\nexplorer")
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}})
+    nbformat.write(notebook, folder / "notebooks" / "panel.ipynb")
+    port = free_port()
+    server = Server([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+                     f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
+                     f"--ServerApp.root_dir={folder / 'notebooks'}", "--expose-app-in-browser", "--LabApp.news_url=None"],
+                    folder, port, folder / "custom")
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="session")
+def web(browser, tiny, shelf, tmp_path_factory):
+    """The web page as `make app` starts it."""
+    folder, port = tmp_path_factory.mktemp("web"), free_port()
+    server = Server([sys.executable, "-m", "helpers.panel", "--base", str(tiny), "--prebuilt", str(shelf), "--port", str(port)],
+                    folder, port, folder / "custom")
+    yield server
+    server.end()
+
+
+class Page:
+    """The panel on a page, with what a person does to it."""
+
+    def __init__(self, page, server: Server):
+        self.page, self.server, self.errors = page, server, []
+        page.set_default_timeout(PATIENCE)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def status(self) -> str:
+        return self.page.locator(".lora-panel .status").inner_text()
+
+    def wait(self, *parts: str) -> str:
+        """Wait until the status holds one of these texts."""
+        pattern = "|".join(map(re.escape, parts))
+        look = "pattern => new RegExp(pattern).test(document.querySelector('.lora-panel .status')?.innerText)"
+        self.page.wait_for_function(look, arg=pattern, timeout=PATIENCE)
+        return self.status()
+
+    def choose(self, label: str, option: str) -> None:
+        self.page.get_by_label(label, exact=True).select_option(index=self.option_names(label).index(option))
+
+    def option_names(self, label: str) -> list[str]:
+        texts = self.page.get_by_label(label, exact=True).locator("option").all_inner_texts()
+        return [text.replace("\xa0", " ") for text in texts]  # ipywidgets writes unbreakable spaces
+
+    def press(self, name: str) -> None:
+        self.page.locator(".lora-panel").get_by_role("button", name=name).click()
+
+    def tokens(self, number: int) -> None:
+        field = self.page.get_by_label("New tokens", exact=True)
+        if not field.is_visible():
+            self.page.get_by_text("Settings", exact=True).last.click()
+        field.fill(str(number))
+        field.press("Tab")
+
+    def cards(self) -> list[str]:
+        return self.page.locator(".lora-panel .card pre").all_inner_texts()
+
+    def run(self) -> str:
+        """Press Generate and wait for the end."""
+        self.press("Generate")
+        self.wait("generating", "done")
+        return self.wait("done")
+
+
+def open_lab(browser, server) -> Page:
+    shown = Page(browser.new_page(viewport={"width": 1280, "height": 1100}), server)
+    shown.page.goto(f"http://127.0.0.1:{server.port}/lab/tree/panel.ipynb?reset&token={TOKEN}")
+    shown.page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
+    shown.page.wait_for_function("() => document.querySelector('.jp-NotebookPanel-toolbar')?.innerText.includes('Python 3')")
+    shown.page.keyboard.press("Control+Enter")
+    shown.page.locator(".lora-panel").wait_for()
+    shown.wait("idle")
+    return shown
+
+
+def open_web(browser, server) -> Page:
+    shown = Page(browser.new_page(viewport={"width": 1280, "height": 1100}), server)
+    shown.page.goto(f"http://127.0.0.1:{server.port}/?token={TOKEN}", timeout=PATIENCE)
+    shown.page.locator(".lora-panel").wait_for()
+    shown.wait("idle")
+    return shown
+
+
+@pytest.fixture(scope="session", params=["lab", "web"])
+def shown(request, browser):
+    """One page for the tests of each place, so that a kernel starts once; each test leaves the panel idle."""
+    server = request.getfixturevalue(request.param)
+    page = (open_lab if request.param == "lab" else open_web)(browser, server)
+    yield page
+    page.page.close()
+
+
+@pytest.mark.parametrize("task", [task for task in tasks.TASKS.values()], ids=lambda task: task.name)
+def test_each_task_fills_in_its_sample_and_answers_with_base_and_adapter(shown, task):
+    shown.choose("Task", task.title)
+    shown.page.get_by_text(task.prompt(task.samples[0]).splitlines()[0]).first.wait_for()
+    assert f"{task.name} · rank 4" in shown.option_names("Adapter")
+    shown.tokens(12)
+    done = shown.run()
+    assert re.search(r"swaps took \d+\.\d{3} ms, \d+\.\d{3} ms", done)
+    assert shown.page.locator(".lora-panel .card h4").all_inner_texts() == ["Base model", task.name]
+    assert shown.page.locator(".lora-panel .card", has_text="tokens/s").count() == 2
+    shown.choose("Sample", task.samples[1][[name for name in task.columns if name not in task.optional][-1]][:70])
+    shown.page.get_by_text(task.prompt(task.samples[1]).splitlines()[0]).first.wait_for()
+    assert shown.errors == []
+
+
+def test_all_adapters_answer_in_one_batch(shown):
+    shown.tokens(6)
+    shown.press("All adapters in one batch")
+    shown.run()
+    assert shown.page.locator(".lora-panel .card h4").all_inner_texts() == ["Base model", "detox", "instruct", "sql"]
+    assert len(set(shown.cards())) == 4
+    shown.press("Base and adapter")
+
+
+def test_tokens_appear_one_after_another_and_stop_ends_them(shown):
+    shown.press("Adapter alone")
+    shown.tokens(400)
+    shown.press("Generate")
+    shown.wait("generating")
+    lengths = set()
+    deadline = time.monotonic() + 60
+    while len(lengths) < 4 and time.monotonic() < deadline:
+        lengths.add(len((shown.cards() or [""])[0]))
+    assert len(lengths) >= 4, "the answer did not grow on the screen"
+    shown.press("Stop")
+    assert "stopped" in shown.wait("stopped")
+    tokens = int(re.search(r"(\d+) tokens, stopped", shown.page.locator(".lora-panel .card").inner_text())[1])
+    assert 1 <= tokens < 400
+    assert shown.page.get_by_role("button", name="Stop").is_disabled()
+
+
+def test_a_swap_while_generating_happens_after_the_answer(shown):
+    shown.press("Adapter alone")
+    shown.choose("Adapter", "sql · rank 4")
+    shown.tokens(300)
+    shown.press("Generate")
+    shown.wait("generating")
+    shown.choose("Adapter", "detox · rank 4")
+    shown.wait("swaps to detox", "swapped to detox")
+    if "generating" in shown.status():
+        shown.press("Stop")
+    assert "swapped to detox" in shown.wait("swapped to detox")
+    assert shown.page.locator(".lora-panel .card h4").all_inner_texts() == ["sql"]
+
+
+def test_refresh_finds_a_new_adapter_and_a_broken_one_harms_nobody(shown, shelf):
+    custom = shown.server.custom
+    shutil.copytree(shelf / "sql", custom / "fresh")
+    shown.press("Refresh adapters")
+    shown.wait("4 adapters on one base model")
+    assert "Custom: fresh · rank 4" in shown.option_names("Adapter")
+    shown.press("Adapter alone")
+    shown.choose("Adapter", "Custom: fresh · rank 4")
+    shown.tokens(5)
+    shown.run()
+    fresh = shown.cards()
+    shown.choose("Adapter", "sql · rank 4")
+    shown.run()
+    assert shown.cards() == fresh  # the same adapter under two names
+    weights = custom / "fresh" / adapters.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shown.press("Refresh adapters")
+    assert "1 cannot be used" in shown.wait("cannot be used")
+    assert "Custom: fresh · rank 4" not in shown.option_names("Adapter")
+    shown.run()
+    assert shown.cards() == fresh
+    shutil.rmtree(custom / "fresh")
+    shown.press("Refresh adapters")
+    shown.wait("idle: 3 adapters on one base model")
+
+
+def test_an_error_is_shown_and_the_next_run_works(shown):
+    shown.choose("Task", tasks.get_task("detox").title)
+    field = shown.page.get_by_label("Toxic", exact=True)
+    field.fill("word " * 600)
+    shown.press("Generate")
+    assert "more than the 512" in shown.wait("error")
+    field.fill("<img src=x onerror='window.hacked = 1'> this is a dull day")
+    shown.tokens(5)
+    shown.run()
+    shown.page.get_by_text("<img src=x").first.wait_for()
+    assert shown.page.evaluate("window.hacked") is None and shown.page.locator(".lora-panel img").count() == 0
+
+
+def test_history_is_exported_as_csv(shown, tmp_path):
+    shown.tokens(4)
+    shown.run()
+    title = shown.page.locator(".lora-panel").get_by_text("History", exact=True)
+    if not shown.page.get_by_role("button", name="Export CSV").is_visible():
+        title.click()
+    shown.press("Export CSV")
+    with shown.page.expect_download() as download:
+        shown.page.get_by_text("Save history.csv").click()
+    download.value.save_as(tmp_path / "history.csv")
+    rows = list(csv.DictReader((tmp_path / "history.csv").open(newline="")))
+    assert len(rows) >= 1 and rows[-1]["task"] == "detox" and float(rows[-1]["tokens_per_second"]) >= 0
+
+
+def test_two_quick_clicks_make_one_run(shown):
+    shown.press("Adapter alone")
+    shown.tokens(40)
+    shown.page.get_by_role("button", name="Generate").dblclick()
+    shown.wait("done")
+    time.sleep(1)
+    count = shown.page.get_by_text("The newest of").inner_text()
+    shown.run()
+    after = shown.page.get_by_text("The newest of").inner_text()
+    assert int(re.search(r"\d+", after)[0]) == int(re.search(r"\d+", count)[0]) + 1
+
+
+def test_the_keyboard_reaches_every_control_in_order(shown):
+    shown.page.get_by_label("Task", exact=True).focus()
+    reached = []
+    for _ in range(12):
+        shown.page.keyboard.press("Tab")
+        reached.append(shown.page.evaluate("""() => { const e = document.activeElement;
+            return e.labels?.length ? e.labels[0].innerText : e.innerText.trim() }"""))
+    for name in ("Sample", "Adapter", "Refresh adapters", "Toxic", "Generate"):
+        assert name in reached, f"Tab never reached {name}: {reached}"
+    shown.tokens(3)
+    shown.page.get_by_role("button", name="Generate").focus()
+    shown.page.keyboard.press("Enter")
+    shown.wait("generating", "done")
+    shown.wait("done")
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_nothing_is_cut_off(shown, width):
+    shown.page.set_viewport_size({"width": width, "height": 1100})
+    time.sleep(0.5)
+    wider = shown.page.evaluate("""() => [...document.querySelectorAll('.lora-panel, .lora-panel *')].filter(
+        e => e.offsetParent && e.scrollWidth > e.clientWidth + 3 && getComputedStyle(e).display !== 'inline'
+             && !['SELECT', 'OPTION', 'BUTTON'].includes(e.tagName)).map(e => e.className + ' ' + e.tagName)""")
+    assert wider == []
+    shown.page.set_viewport_size({"width": 1280, "height": 1100})
+
+
+CONTRAST = """() => {
+  const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => v / 255)
+                         .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+                       return 0.2126 * r + 0.7152 * g + 0.0722 * b };
+  const back = e => { const c = getComputedStyle(e).backgroundColor;
+                      return /rgba\\(.*, 0\\)/.test(c) && e.parentElement ? back(e.parentElement) : c };
+  return ['.status', '.card pre', '.card h4', '.card .note', 'h3'].map(s => {
+    const e = document.querySelector('.lora-panel ' + s);
+    const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x);
+    return [s, (a + 0.05) / (b + 0.05)] }) }"""
+
+
+def test_it_can_be_read_in_the_light_and_in_the_dark(browser, lab):
+    """WCAG 2.2, 1.4.3: a contrast of at least 4.5 to 1, in JupyterLab's own two themes."""
+    shown = open_lab(browser, lab)
+    shown.tokens(3)
+    shown.run()
+    brightness = []
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        shown.page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+        shown.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
+        time.sleep(0.5)
+        low = [(part, round(value, 2)) for part, value in shown.page.evaluate(CONTRAST) if value < 4.5]
+        assert low == [], theme
+        brightness.append(shown.page.evaluate("getComputedStyle(document.querySelector('.lora-panel')).backgroundColor"))
+    assert brightness[0] != brightness[1]
+    shown.page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    shown.page.close()
+
+
+def test_the_web_page_wants_its_token_and_listens_on_this_machine_only(web):
+    for path in ("/", "/api/kernels"):
+        assert web.get(path)[0] in (302, 401, 403), f"{path} without a token"
+        assert web.get(path, "wrong")[0] in (302, 401, 403), f"{path} with a wrong token"
+    others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
+    for address in others:
+        with socket.socket() as probe:
+            probe.settimeout(2)
+            assert probe.connect_ex((address, web.port)) != 0, f"it answers on {address}"
+    arguments = Path("/proc").glob("[0-9]*/cmdline")
+    assert not any(TOKEN.encode() in path.read_bytes() for path in arguments if readable(path) and b"voila" in path.read_bytes())
+
+
+def readable(path: Path) -> bool:
+    try:
+        path.read_bytes()
+    except OSError:  # that process has ended
+        return False
+    return True
+
+
+def test_two_tabs_of_the_web_page_have_a_panel_each(browser, web):
+    first, second = open_web(browser, web), open_web(browser, web)
+    assert len(set(web.kernels())) >= 2
+    for tab, task in ((first, "sql"), (second, "detox")):
+        tab.choose("Task", tasks.get_task(task).title)
+        tab.tokens(60)
+    first.press("Generate")
+    second.press("Generate")
+    assert "done" in first.wait("done") and "done" in second.wait("done")
+    assert first.page.locator(".card h4").all_inner_texts() == ["Base model", "sql"]
+    assert second.page.locator(".card h4").all_inner_texts() == ["Base model", "detox"]
+    for tab in (first, second):
+        tab.page.close()
+
+
+def test_two_tabs_of_one_notebook_are_two_views_of_one_panel(browser, lab):
+    """JupyterLab's tabs share the kernel and so the widgets: a run started in one shows in the other."""
+    first = open_lab(browser, lab)
+    first.page.keyboard.press("Escape")
+    first.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    second = Page(first.page.context.new_page(), lab)
+    second.page.goto(f"http://127.0.0.1:{lab.port}/lab/workspaces/other/tree/panel.ipynb?reset&token={TOKEN}")
+    second.page.locator(".lora-panel").wait_for()
+    first.tokens(30)
+    both = [threading.Event(), threading.Event()]
+    first.press("Generate")
+    second.page.get_by_role("button", name="Generate").click(force=True)
+    first.wait("done")
+    second.wait("done")
+    assert both and first.cards() == second.cards() and len(first.cards()) == 2
+    first.page.close()
+    second.page.close()
