@@ -472,6 +472,29 @@ def test_a_mixed_batch_gives_each_row_its_own_adapters_answer(bank):
     assert bank.tokenizer.padding_side == bank.tokenizer.init_kwargs.get("padding_side", "right")
 
 
+def test_a_mixed_batch_equals_pefts_up_to_rounding(bank, expected):
+    import torch
+
+    names = ["sql", None, "detox-1.5", "instruct", "sql"]
+    batch = bank.tokenizer([PROMPT] * 5, return_tensors="pt")
+    with torch.inference_mode():
+        with bank.mixed(names) as model:
+            ours = model(**batch).logits
+        pefts = bank.model(**batch, adapter_names=[bank.key(name) for name in names]).logits
+    assert torch.allclose(ours, pefts, atol=2e-5 * pefts.abs().max().item())
+    for row, name in zip(ours, names, strict=True):
+        assert torch.allclose(row, expected[name][0], atol=2e-5 * pefts.abs().max().item())
+    bank.swap("sql")
+    assert logits(bank.model, bank).equal(expected["sql"]), "a mixed batch leaves the layers as they were"
+
+
+def test_a_mixed_batch_that_fails_leaves_the_layers_as_they_were(bank, expected):
+    with pytest.raises(ZeroDivisionError), bank.mixed(["sql", None]):
+        raise ZeroDivisionError
+    bank.swap("sql")
+    assert logits(bank.model, bank).equal(expected["sql"])
+
+
 def test_a_mixed_batch_of_one_kind_and_without_adapters(bank, tiny):
     bank.swap("instruct")
     assert bank.generate_mixed([PROMPT], ["sql"], SHORT)[0].text == bank.generate(PROMPT, "sql", SHORT).text

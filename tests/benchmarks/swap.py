@@ -91,13 +91,16 @@ def mixed(bank: adapters.AdapterBank, tokens: int, rounds: int = 5) -> dict:
     one = {key: value[:1] for key, value in batch.items()}
     options = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False,
                "pad_token_id": bank.tokenizer.pad_token_id}
-    times: dict[str, list[float]] = {"one_adapter": [], "four_rows_one_adapter": [], "four_rows_mixed": []}
+    times: dict[str, list[float]] = {"one_adapter": [], "four_rows_one_adapter": [], "four_rows_mixed": [],
+                                     "four_rows_mixed_peft": []}
     with torch.inference_mode():
         for _ in range(rounds):
             bank.swap(names[1])
             times["one_adapter"].append(timed(lambda: bank.model.generate(**one, **options)))
             times["four_rows_one_adapter"].append(timed(lambda: bank.model.generate(**batch, **options)))
-            times["four_rows_mixed"].append(timed(lambda: bank.model.generate(
+            with bank.mixed(names) as model:
+                times["four_rows_mixed"].append(timed(lambda model=model: model.generate(**batch, **options)))
+            times["four_rows_mixed_peft"].append(timed(lambda: bank.model.generate(
                 **batch, adapter_names=[bank.key(name) for name in names], **options)))
     medians = {way: round(statistics.median(values), 4) for way, values in times.items()}
     return {"tokens": tokens, "rounds": rounds, "seconds": medians,
