@@ -106,6 +106,7 @@ def plan(module: str, arguments: list[str], workers: int, log_dir: Path, workers
     address = hosts[0] if place in ("ssh", "print", "cml") else "" if place == "slurm" else "127.0.0.1"
     nodes = workers if place == "slurm" else len(hosts)
     each = workers // nodes
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
     def launch_of(node: int, host: str) -> Launch:
         folder = Path(log_dir) / name / ("%t" if place == "slurm" else str(node))
@@ -116,7 +117,8 @@ def plan(module: str, arguments: list[str], workers: int, log_dir: Path, workers
             where = [f"--nnodes={nodes}", f"--master-port={port}"]
         else:
             where = [f"--nnodes={nodes}", f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}"]
-        environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "WORKBOOK_HOST": host,
+        environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys([str(ROOT), *paths])), "PYTHONUNBUFFERED": "1",
+                       "WORKBOOK_HOST": host,
                        **{key: os.environ[key] for key in KEPT if key in os.environ}}
         command = [sys.executable, "-m", "helpers.workers", *where, f"--nproc-per-node={each}", f"--rdzv-id={name}",
                    "--max-restarts=0", f"--log-dir={folder}", "--redirects=3", *(["--tee=0:1"] if node == 0 else []),
@@ -170,7 +172,7 @@ def launch(chosen: Plan, log_dir: Path) -> None:
     folder = Path(log_dir) / chosen.name
     folder.mkdir(parents=True, exist_ok=True)
     lines: queue.Queue[str] = queue.Queue()
-    running, stop_others = [], _start_elsewhere(chosen)
+    running, code, end_others = [], 1, _start_elsewhere(chosen)
     try:
         for node, one in enumerate(chosen.launches):
             if command := _command_here(chosen, node):
@@ -179,7 +181,7 @@ def launch(chosen: Plan, log_dir: Path) -> None:
     finally:  # also for Ctrl-C, and when the notebook's kernel is told to end
         for process in running:
             _end(process)
-        stop_others()
+        end_others(code == 0)
         for process in running:
             process.reader.join(timeout=5)
     _print_rank_0(lines)
@@ -210,7 +212,7 @@ def _start_elsewhere(chosen: Plan):
         for one in others:
             print(f"  {one.host}:  {one.line()}", flush=True)
     if chosen.place != "cml":
-        return lambda: None
+        return lambda succeeded: None
     try:
         from cml import workers_v1
     except ImportError:
@@ -224,7 +226,13 @@ def _start_elsewhere(chosen: Plan):
         workers_v1.stop_workers(*ids)
         raise WorkbookError(f"CML started {len(ids) - len(failed)} of {len(others)} workers: the workspace may lack "
                             f"{size['cpu']} cores, {size['memory']} GiB or {size['nvidia_gpu']} GPUs for each.")
-    return lambda: workers_v1.stop_workers(*ids)
+
+    def end(succeeded: bool) -> None:
+        if succeeded:  # they have met rank 0 at the end of their work, and only have to exit
+            workers_v1.await_workers(started, wait_for_completion=True, timeout_seconds=60)
+        workers_v1.stop_workers(*ids)
+
+    return end
 
 
 def _join_seconds() -> int:
@@ -287,11 +295,9 @@ def _failures(folder: Path) -> list[dict]:
 
     def order(entry: dict) -> tuple:
         if entry["signal"]:
-            kind = {"SIGTERM": 3, "SIGABRT": 2}.get(entry["signal"], 0)  # ended by its launcher; by NCCL's watchdog
-        elif "been heard of" in entry["message"] or "only" in entry["message"][:20]:
-            kind = 1
+            kind = {"SIGTERM": 2, "SIGABRT": 1}.get(entry["signal"], 0)  # ended by its launcher; by NCCL's watchdog
         else:
-            kind = 2 if re.search(r"Connection (closed|reset|refused)|Broken pipe|[Gg]loo|NCCL|Dist\w+Error|lost touch",
+            kind = 1 if re.search(r"Connection (closed|reset|refused)|Broken pipe|[Gg]loo|NCCL|Dist\w+Error|lost touch",
                                   entry["message"]) else 0
         return kind, entry["time"], entry["rank"]
 
@@ -309,7 +315,7 @@ def _explain(failures: list[dict], chosen: Plan, folder: Path) -> str:
     if first["rank"] < 0:  # the launcher's own
         return f"{message} {logs}."
     where = f" on {first['host']}" if first["host"] != "this host" else ""
-    who = f"Worker {first['rank']} of {chosen.workers}{where}"
+    who = f"The worker of rank {first['rank']}{where}"
     if first["signal"]:
         why = {"SIGKILL": " (memory may have run out, or somebody ended it)"}.get(first["signal"], "")
         return f"{who} was killed by {first['signal']}{why}: resume the run to go on from its last checkpoint {logs}."
@@ -332,6 +338,7 @@ def main(argv: list[str]) -> int:
     if os.environ.get("WORKBOOK_END_WITH_STDIN") == "1":
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = torchrun.parse_args(argv)
@@ -345,6 +352,9 @@ def main(argv: list[str]) -> int:
         entries = [_entry(rank, failure) for rank, failure in error.failures.items()]
     except WorkbookError as error:
         entries = [_own(str(error))]
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        entries = [{**_own(f"{_host()}: the launcher was told to end ({name})"), "signal": name}]
     except Exception as error:  # torchrun's own: the group never came together
         entries = [_own(_meeting_failed(error, options))]
     temporary = folder / ".failure.json"
@@ -373,6 +383,8 @@ def _entry(rank: int, failure) -> dict:
     name = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else ""
     data = failure.error_file_data.get("message", {})
     text = data if isinstance(data, str) else data.get("message", "")
+    if name == "SIGABRT" and text:  # an error that the worker reported, and a library that aborts on the way out
+        name = ""
     trace = "" if isinstance(data, str) else data.get("extraInfo", {}).get("py_callstack", "")
     return {"rank": rank, "host": _host(), "signal": name, "message": text or f"it ended with exit code {failure.exitcode}",
             "traceback": trace, "time": failure.timestamp}
@@ -477,21 +489,30 @@ def group(asked: int, facts: dict[str, str] | None = None):
     listener = socket.create_server((address, port)).detach() if serve else None
     store = dist.TCPStore(address, port, is_master=serve, master_listen_fd=listener, wait_for_workers=False,
                           timeout=timedelta(seconds=_join_seconds()))
-    store = dist.PrefixStore(f"workbook/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store)
+    store = dist.PrefixStore(_prefix(), store)
     _compare(store, rank, {**_versions(), **(facts or {})})
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else None
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    store.set(f"host/{rank}", _host())
+    store.set(f"beat/{rank}", "0")
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device)
     done = threading.Event()
     watch = threading.Thread(target=_watch, args=(address, port, rank, world, done), daemon=True)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=rank, world_size=world)
     watch.start()
-    yield
-    dist.barrier()  # whoever is done waits here for the others, still watched
-    done.set()
-    watch.join()
+    try:
+        yield
+        dist.barrier()  # whoever is done waits here for the others, still watched
+    finally:
+        done.set()
+        watch.join()
     dist.barrier()  # rank 0 may serve the store that the others' watches read
     dist.destroy_process_group()
+
+
+def _prefix() -> str:
+    return f"workbook/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def _versions() -> dict[str, str]:
@@ -511,6 +532,8 @@ def _compare(store, rank: int, mine: dict[str, str]) -> None:
         store.set("facts", json.dumps({"host": _host(), **mine}))
         return
     theirs = json.loads(store.get("facts"))
+    if theirs["host"] == _host():  # the same files; they may have been edited since
+        del mine["this project's helpers"]
     for name, value in mine.items():
         if theirs.get(name) != value:
             raise WorkbookError(f"{_host()} has {name} {value} and {theirs['host']}, where rank 0 runs, has {theirs.get(name)}:"
@@ -518,32 +541,42 @@ def _compare(store, rank: int, mine: dict[str, str]) -> None:
 
 
 def _watch(address: str, port: int, rank: int, world: int, done: threading.Event) -> None:
-    """Show a sign of life every 2 s, and end this process when another's stay away or its own launcher is gone."""
+    """End this process when another worker shows no sign of life, rank 0's store is silent, or the launcher is gone."""
+    launcher, seen = os.getppid(), {"contact": time.monotonic(), "others": {}}
+    # Beside this thread, as a store whose network is cut can keep its caller for ever.
+    beat = threading.Thread(target=_beat, args=(address, port, rank, world, done, seen), daemon=True)
+    beat.start()
+    while not done.wait(BEAT / 2):
+        now, again = time.monotonic(), "resume the run to go on from its last checkpoint"
+        if os.getppid() != launcher:
+            _leave("the launcher of this worker is gone")
+        if now - seen["contact"] > PATIENCE:
+            _leave(f"it lost touch with rank 0 at {address}:{port} for {PATIENCE:.0f} s; {again}")
+        for other, (when, host) in seen["others"].items():
+            if now - when > PATIENCE:
+                _leave(f"nothing has been heard of rank {other} on {host} for {PATIENCE:.0f} s: its process, its host or the "
+                       f"network is down; {again}")
+    beat.join(timeout=5)  # a thread that is in torch's code when Python ends would abort the process
+
+
+def _beat(address: str, port: int, rank: int, world: int, done: threading.Event, seen: dict) -> None:
+    """Show a sign of life every 2 s, and note in `seen` when the others' last one was and when the store last answered."""
     import torch.distributed as dist
 
-    launcher, count = os.getppid(), 0
-    heard = {other: (b"", time.monotonic()) for other in range(world) if other != rank}
-    try:
-        # A connection of its own: the process group's is held by whatever operation waits.
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE / 2))
-        store = dist.PrefixStore(f"beat/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store)
-        store.set(f"host/{rank}", _host())
-        hosts = {other: store.get(f"host/{other}").decode() for other in heard}
+    # A connection of its own: the process group's is held by whatever operation waits.
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
+    store, count = dist.PrefixStore(_prefix(), store), 0
+    last = {other: b"" for other in range(world) if other != rank}
+    hosts = {other: store.get(f"host/{other}").decode() for other in last}
+    with contextlib.suppress(dist.DistError):  # then `contact` grows old, and _watch says so
         while not done.wait(BEAT):
             count += 1
-            store.set(str(rank), str(count))
-            for other, (last, when) in heard.items():
-                beat = store.get(str(other))
-                heard[other] = (beat, time.monotonic()) if beat != last else (last, when)
-                if time.monotonic() - when > PATIENCE and beat == last:
-                    _leave(f"Worker {other} on {hosts[other]} has not been heard of for {PATIENCE:.0f} s: it, its host or "
-                           "the network between is down; resume the run to go on from its last checkpoint")
-            if os.getppid() != launcher:
-                _leave("the launcher of this worker is gone")
-    except dist.DistError as error:
-        if not done.is_set():
-            _leave(f"Worker {rank} on {_host()} has lost touch with rank 0 at {address}:{port} "
-                   f"({str(error).splitlines()[0]}): resume the run to go on from its last checkpoint")
+            store.set(f"beat/{rank}", str(count))
+            for other, before in last.items():
+                last[other] = store.get(f"beat/{other}")
+                if last[other] != before:
+                    seen["others"] = {**seen["others"], other: (time.monotonic(), hosts[other])}
+            seen["contact"] = time.monotonic()
 
 
 def _leave(message: str) -> None:

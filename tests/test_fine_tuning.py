@@ -144,21 +144,6 @@ def test_only_a_complete_checkpoint_is_resumed(tmp_path):
     assert fine_tuning.last_checkpoint(tmp_path / "none") is None
 
 
-def test_two_workers_train_together(tiny, tmp_path):
-    result = fine_tuning.fine_tune(config(tiny, batch_size=4, max_steps=4), tmp_path / "run", workers=2)
-    alone = fine_tuning.fine_tune(config(tiny, batch_size=8, max_steps=4), tmp_path / "alone")
-    assert result["workers"] == 2
-    assert result["final_loss"] == pytest.approx(alone["final_loss"], rel=0.05)  # the same rows, split over the ranks
-    logs = [log.read_text() for log in (tmp_path / "run" / "workers").rglob("stdout.log")]
-    assert len(logs) == 2, "the log of every rank is kept"
-
-
-def test_a_workers_error_is_the_error(tiny, tmp_path):
-    wrong = config(tiny, target_modules="query_key_value")
-    with pytest.raises(WorkbookError, match="A worker failed: target_modules names 'query_key_value'"):
-        fine_tuning.fine_tune(wrong, tmp_path / "run", workers=2)
-
-
 def test_publishing_is_all_or_nothing(tiny, tmp_path, monkeypatch):
     chosen = config(tiny, max_steps=2)
     fine_tuning.fine_tune(chosen, tmp_path / "run")
@@ -212,14 +197,6 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_loss(tiny, tmp_path, jobs, 
               for folder in (interrupted, the_run(tmp_path, exclude=[interrupted.name]))]
     assert len(losses[0]) == len(losses[1]) == 60
     assert losses[0] == losses[1], "the resumed run took another path"
-
-
-@pytest.mark.parametrize("task", ["instruct", "detox"])
-def test_the_other_tasks_run_end_to_end(task, tiny, tmp_path, jobs):
-    result = jobs("run", task, "-p", f"base_model={tiny}", "-p", "max_steps=3", "-p", "eval_rows=3", "-p", "max_rows=32")
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
-    metrics = json.loads((the_run(tmp_path) / "metrics.json").read_text())
-    assert metrics["steps"] == 3 and set(metrics["evaluation"]["adapter"]) == {"exact", "chrf", "rouge_l"}
 
 
 def test_the_reference_recipe_runs_on_a_bloom(tiny_bloom, tmp_path, jobs):
