@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 LESSONS := $(sort $(wildcard notebooks/0*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
 EXECUTE := $(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
 
-.PHONY: setup run test lint unit notebooks-test exercises lab notebooks needs lock audit canary soak clean
+.PHONY: setup run test lint unit notebooks-test exercises lab app browser images notebooks needs lock audit canary soak clean
 
 setup: $(READY)
 
@@ -35,8 +35,17 @@ lint: setup
 	$(PY) -m ruff check helpers tests notebooks
 	$(PY) notebooks/exercises/make_exercises.py --check
 
-unit: setup
+unit: setup browser
 	$(PY) -m pytest tests -q
+
+# A Chromium for the panel's browser tests, if there is none: Debian's where we may install it, else Playwright's own.
+browser: setup
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  ls $${PLAYWRIGHT_BROWSERS_PATH:-$$HOME/.cache/ms-playwright}/chromium-* 2>/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1; then \
+	  echo "Chromium was installed for the browser tests."; \
+	elif $(PY) -m playwright install chromium >/dev/null 2>&1; then echo "Playwright's Chromium was installed for the browser tests."; \
+	else echo "NOTE: no Chromium is here and none could be installed: the browser tests will be SKIPPED, which is not a pass."; fi
 
 # Every notebook runs and its stored outputs are compared; README's 'For contributors' says what is compared.
 notebooks-test: setup
@@ -48,6 +57,14 @@ exercises: setup
 # JupyterLab listens on this machine only and asks for the token that it prints.
 lab: setup
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --notebook-dir=notebooks
+
+# The panel as a web page: on this machine only, at the address with the token that it prints.
+app: setup
+	@$(PY) -m helpers.panel $(ARGS)
+
+# Pictures of the real panel, in a real browser, with the shipped adapters.
+images: setup browser
+	$(PY) tests/pictures.py
 
 notebooks: setup exercises
 	@for notebook in $(LESSONS); do $(EXECUTE) $$notebook || exit 1; done

@@ -43,6 +43,9 @@ STYLE = """<style>
 .lora-panel pre {white-space: pre-wrap; word-break: normal; margin: 0 0 6px 0; padding: 6px; max-height: 320px; overflow: auto;
   background: var(--jp-layout-color2, #f4f4f4); color: var(--jp-content-font-color1, #111)}
 .lora-panel table {border-collapse: collapse; margin: 4px 0}
+.lora-panel .wide {overflow-x: auto}
+.lora-panel td {overflow-wrap: anywhere}
+.lora-panel caption {text-align: left}
 .lora-panel th, .lora-panel td {border: 1px solid var(--jp-border-color2, #aaa); padding: 2px 8px; text-align: left;
   vertical-align: top}
 .lora-panel .note {color: var(--jp-ui-font-color2, #444)}
@@ -58,7 +61,8 @@ def table(header: list[str], rows: list[list], caption: str = "") -> str:
     """An HTML table, every cell escaped."""
     line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{title}<thead>{line(header, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
+    body = "".join(line(row, "td") for row in rows)
+    return f"<div class='wide'><table>{title}<thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table></div>"
 
 
 def card(title: str, text: str | None, readout: str = "", extra: str = "") -> str:

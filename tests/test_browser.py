@@ -4,7 +4,6 @@ Skipped, with the reason, where no Chromium is found: `make browser` installs on
 """
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -12,13 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from test_adapters import make_adapter
 
@@ -103,8 +102,9 @@ class Server:
         except (urllib.error.URLError, ConnectionError):
             return None, ""
 
-    def kernels(self) -> list[str]:
-        return [kernel["id"] for kernel in json.loads(self.get("/api/kernels", TOKEN)[1])]
+    def kernels(self) -> int:
+        """How many kernel processes it runs."""
+        return sum("ipykernel_launcher" in " ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(True))
 
     def end(self):
         self.process.send_signal(signal.SIGTERM)
@@ -339,7 +339,7 @@ def test_two_quick_clicks_make_one_run(shown):
 def test_the_keyboard_reaches_every_control_in_order(shown):
     shown.page.get_by_label("Task", exact=True).focus()
     reached = []
-    for _ in range(12):
+    for _ in range(16):
         shown.page.keyboard.press("Tab")
         reached.append(shown.page.evaluate("""() => { const e = document.activeElement;
             return e.labels?.length ? e.labels[0].innerText : e.innerText.trim() }"""))
@@ -358,6 +358,7 @@ def test_nothing_is_cut_off(shown, width):
     time.sleep(0.5)
     wider = shown.page.evaluate("""() => [...document.querySelectorAll('.lora-panel, .lora-panel *')].filter(
         e => e.offsetParent && e.scrollWidth > e.clientWidth + 3 && getComputedStyle(e).display !== 'inline'
+             && !/auto|scroll/.test(getComputedStyle(e).overflowX)
              && !['SELECT', 'OPTION', 'BUTTON'].includes(e.tagName)).map(e => e.className + ' ' + e.tagName)""")
     assert wider == []
     shown.page.set_viewport_size({"width": 1280, "height": 1100})
@@ -416,7 +417,7 @@ def readable(path: Path) -> bool:
 
 def test_two_tabs_of_the_web_page_have_a_panel_each(browser, web):
     first, second = open_web(browser, web), open_web(browser, web)
-    assert len(set(web.kernels())) >= 2
+    assert web.kernels() >= 2
     for tab, task in ((first, "sql"), (second, "detox")):
         tab.choose("Task", tasks.get_task(task).title)
         tab.tokens(60)
@@ -438,11 +439,10 @@ def test_two_tabs_of_one_notebook_are_two_views_of_one_panel(browser, lab):
     second.page.goto(f"http://127.0.0.1:{lab.port}/lab/workspaces/other/tree/panel.ipynb?reset&token={TOKEN}")
     second.page.locator(".lora-panel").wait_for()
     first.tokens(30)
-    both = [threading.Event(), threading.Event()]
     first.press("Generate")
     second.page.get_by_role("button", name="Generate").click(force=True)
     first.wait("done")
     second.wait("done")
-    assert both and first.cards() == second.cards() and len(first.cards()) == 2
+    assert first.cards() == second.cards() and len(first.cards()) == 2
     first.page.close()
     second.page.close()
