@@ -334,7 +334,8 @@ def main(argv: list[str]) -> int:
         os.environ["PET_NODE_RANK"] = task
         os.environ["PET_MASTER_ADDR"] = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
                                                        capture_output=True, text=True, check=True).stdout.split()[0]
-        argv = [word.replace("%t", task) if word.startswith("--log-dir=") else word for word in argv]
+        argv = [word.replace("%t", task) if word.startswith("--log-dir=") else word for word in argv
+                if task == "0" or word != "--tee=0:1"]
     if os.environ.get("WORKBOOK_END_WITH_STDIN") == "1":
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     from torch.distributed import run as torchrun
