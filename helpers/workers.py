@@ -172,21 +172,21 @@ def launch(chosen: Plan, log_dir: Path) -> None:
     folder = Path(log_dir) / chosen.name
     folder.mkdir(parents=True, exist_ok=True)
     lines: queue.Queue[str] = queue.Queue()
-    running, code, end_others = [], 1, _start_elsewhere(chosen)
+    running, failed, end_others = [], 0, _start_elsewhere(chosen)
     try:
         for node, one in enumerate(chosen.launches):
             if command := _command_here(chosen, node):
                 running.append(_start(one, command, folder / f"host-{node}.log", lines if node == 0 else None))
-        code = _wait(running, lines)
+        failed = _wait(running, lines)
     finally:  # also for Ctrl-C, and when the notebook's kernel is told to end
         for process in running:
             _end(process)
-        end_others(code == 0)
+        end_others(failed is None)
         for process in running:
             process.reader.join(timeout=5)
     _print_rank_0(lines)
-    if code:
-        raise WorkbookError(_explain(_failures(folder), chosen, folder))
+    if failed is not None:
+        raise WorkbookError(_explain(_failures(folder), chosen, folder, failed))
 
 
 def _command_here(chosen: Plan, node: int) -> list[str] | None:
@@ -267,17 +267,16 @@ def _print_rank_0(lines: queue.Queue, seconds: float = 0.0) -> None:
             print(lines.get(timeout=seconds) if seconds else lines.get_nowait(), flush=True)
 
 
-def _wait(running: list[subprocess.Popen], lines: queue.Queue) -> int:
-    """Wait until all have ended, or one has failed and the others had time to notice. Returns the first non-zero code."""
-    deadline = None
+def _wait(running: list[subprocess.Popen], lines: queue.Queue) -> int | None:
+    """Wait until all have ended, or one has failed and the others had time to notice. Returns the first that failed."""
+    failed, deadline = None, None
     while True:
         _print_rank_0(lines, 0.2)
         codes = [process.poll() for process in running]
-        failed = [code for code in codes if code]
+        if failed is None and any(codes):
+            failed, deadline = next(node for node, code in enumerate(codes) if code), time.monotonic() + PATIENCE
         if None not in codes or deadline and time.monotonic() > deadline:
-            return failed[0] if failed else 0
-        if failed and deadline is None:
-            deadline = time.monotonic() + PATIENCE
+            return failed
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -304,12 +303,14 @@ def _failures(folder: Path) -> list[dict]:
     return sorted(found, key=order)
 
 
-def _explain(failures: list[dict], chosen: Plan, folder: Path) -> str:
+def _explain(failures: list[dict], chosen: Plan, folder: Path, failed: int) -> str:
     logs = f"(logs of all ranks: {folder.parent.name}/{folder.name})"
-    if not failures:
-        texts = [line for log in sorted(folder.glob("host-*.log")) for line in log.read_text().splitlines() if line.strip()]
-        where = "" if len(chosen.launches) == 1 else f" on {', '.join(one.host for one in chosen.launches)}"
-        return f"The workers{where} ended without a report; the last words were: {texts[-1] if texts else 'none'} {logs}."
+    told_to_end = [entry for entry in failures if entry["rank"] < 0 and entry["signal"]]
+    if failures == told_to_end:  # a launcher was killed, or never began: its own last words are all there is
+        log = folder / f"host-{failed}.log"
+        words = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+        return (f"The workers on {chosen.launches[failed].host} ended without a report; the last words were: "
+                f"{words[-1] if words else 'none'} {logs}.")
     first = failures[0]
     message = first["message"].removeprefix("WorkbookError: ").rstrip(".")
     if first["rank"] < 0:  # the launcher's own

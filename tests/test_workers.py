@@ -189,6 +189,15 @@ def test_a_port_in_use_and_wrong_addresses_are_one_sentence(tmp_path):
     assert "only 1 of 2 hosts came to 127.0.0.1" in host(tmp_path, 0, "127.0.0.1", free_port())
 
 
+def test_a_host_that_ssh_cannot_reach_is_named_with_its_words(tmp_path, monkeypatch):
+    (tmp_path / "ssh").write_text("#!/bin/sh\necho 'ssh: connect to host gpu-b port 22: Connection refused' >&2\nexit 255\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(workers, "PATIENCE", 1.0)  # rank 0's host would wait for the other
+    with pytest.raises(WorkbookError, match="on gpu-b ended without a report; the last words were: ssh: connect to host gpu-b"):
+        workers.launch(planned(tmp_path, workers_on="ssh:127.0.0.1,gpu-b"), tmp_path / "logs")
+
+
 # ---- Cloudera's Workers API: only its contract can be tested outside a workspace
 
 
