@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +80,8 @@ def resolve(name: str) -> BaseModel:
     name = str(name).strip()
     if name in REGISTRY:
         return REGISTRY[name]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))  # leaves the home folder of a user who does not exist as it is
+    if os.path.isdir(folder):  # False, where Path's own method raises for a name that is too long
         if not (folder / "config.json").is_file():
             raise WorkbookError(f"base_model folder {name} has no config.json: give a folder in the model hub's form "
                                 "(config.json, tokenizer files, *.safetensors).")
@@ -224,17 +225,18 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
     logging.disable_progress_bar()
     try:
-        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with redirect_stderr(io.StringIO()):  # de-quantizing draws a bar of its own; errors still come as exceptions
+            source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            config = source.config
+            del config.quantization_config
+            config._name_or_path = REGISTRY[EMBEDDED].hub_id
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model.load_state_dict(source.state_dict())
+            model.generation_config = source.generation_config
+            model.save_pretrained(target)
     finally:
         logging.enable_progress_bar()
-    config = source.config
-    del config.quantization_config
-    config._name_or_path = REGISTRY[EMBEDDED].hub_id
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(source.state_dict())
-    model.generation_config = source.generation_config
-    model.save_pretrained(target)
     # Said outright, because transformers versions read them differently from the GGUF: 5.17 takes <|im_start|> for the end.
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
     tokenizer.clean_up_tokenization_spaces = False  # a WordPiece step that would strip the spaces in "x , y"
