@@ -9,8 +9,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def load_rows(task_name: str, source: str = "practice", split: str = "train", n:
     if source == "hub" or source.startswith("hub:"):
         rows, described, licence = _hub_rows(task, source)
     else:
-        rows, described, licence = _file_rows(task, Path(source).expanduser()), Path(source).name, "see the file's source"
+        rows, described, licence = _file_rows(task, Path(os.path.expanduser(source))), Path(source).name, "see the file's source"
     rows = _in_split(task, rows, split)
     if not rows:
         raise WorkbookError(f"{described} has no {split} rows for task {task_name!r}: add rows, or give them a "
@@ -101,8 +103,8 @@ def _group_keys(task: Task, row: dict) -> list[str]:
 
 
 def _file_rows(task: Task, path: Path) -> list[dict[str, str]]:
-    if path.is_dir() or not path.exists():
-        raise WorkbookError(f"data file {path} {'is a folder' if path.is_dir() else 'does not exist'}: give a .jsonl or "
+    if os.path.isdir(path) or not os.path.exists(path):
+        raise WorkbookError(f"data file {path} {'is a folder' if os.path.isdir(path) else 'does not exist'}: give a .jsonl or "
                             ".jsonl.gz file, 'practice' or 'hub'.")
     rows = []
     opener = gzip.open if path.suffix == ".gz" else open
@@ -112,7 +114,7 @@ def _file_rows(task: Task, path: Path) -> list[dict[str, str]]:
                 rows.append(_checked_row(task, line, f"{path.name}, line {number}"))
     except UnicodeDecodeError as error:
         raise WorkbookError(f"{path.name} is not UTF-8 text (after line {len(rows)}): save it as UTF-8.") from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise WorkbookError(f"{path.name} is not a complete gzip file ({error}): copy or compress it again.") from error
     if not rows:
         raise WorkbookError(f"{path.name} is empty: give one JSON object a line with the fields "
@@ -125,8 +127,8 @@ def _checked_row(task: Task, line: str, where: str) -> dict[str, str]:
         raise WorkbookError(f"{where} is empty: remove it; every line must be one JSON object.")
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits is a ValueError of its own
+        reason = getattr(error, "msg", "a number is too long" if isinstance(error, ValueError) else "nested too deeply")
         raise WorkbookError(f"{where} is not valid JSON ({reason}): every line must be one JSON object.") from error
     if not isinstance(row, dict):
         raise WorkbookError(f"{where} is a JSON {type(row).__name__}: every line must be one JSON object.")
@@ -138,6 +140,10 @@ def _checked_row(task: Task, line: str, where: str) -> dict[str, str]:
                                 f"{', '.join(map(repr, sorted(row)[:8])) or 'none'}.")
         if not isinstance(row[name], str):
             raise WorkbookError(f"{where}: the field {name!r} is a {type(row[name]).__name__}: it must be text.")
+        # A NUL ends a text for SQLite; half a surrogate pair (JSON can spell one) is no text for a tokenizer.
+        if "\0" in row[name] or re.search("[\ud800-\udfff]", row[name]):
+            raise WorkbookError(f"{where}: the field {name!r} holds a character that is no text (NUL or half a surrogate pair): "
+                                "remove it.")
         if not row[name].strip() and name not in task.optional:
             raise WorkbookError(f"{where}: the field {name!r} is empty: fill it in or remove the line.")
     if "split" in row and row["split"] not in SPLITS:

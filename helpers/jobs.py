@@ -43,6 +43,8 @@ COMMANDS = ("list", "run", "status")
 SET_BY_JOB = {"run_dir": "the job sets it", "resume": "use --resume", "workers": "use --workers N or NUM_GPU_WORKERS"}
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
 SCRATCH = "workbook-job-"  # begins the name of a run's folder for sockets, among the system's temporary files
+STATUS = {"job": str, "state": str, "created": str, "host": str, "parameters": dict, "attempts": int, "pid": int,
+          "error": str | None, "ended": str | None, "seconds": int | float | None}  # types of what a status must hold
 MARKER = "WORKBOOK_RUN_DIR"  # in the environment of a run's kernel and so of every process that the kernel starts
 KINDS = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a map"}
@@ -156,7 +158,9 @@ def convert(parameter: Parameter, value: object) -> object:
     kind, given = parameter.kind, value
     if parameter.optional and (value is None or value in ("none", "None", "null")):
         return None
-    with contextlib.suppress(ValueError, yaml.YAMLError):  # what does not convert is refused below
+    with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):  # what does not convert is refused below
+        if isinstance(value, str) and "\0" in value.encode().decode():  # ValueError: not even text
+            raise ValueError
         if kind in (int, float) and isinstance(value, str) or kind is float and type(value) is int:
             value = kind(value)
         elif kind is not str and isinstance(value, str):
@@ -186,8 +190,8 @@ def check_parameters(job: Job, given: dict) -> dict:
         if value != job.parameters.get(name, value):
             raise WorkbookError(f"{name} is always {job.parameters[name]} in the job {job.name}: choose another job.")
         if name in (*job.paths, *job.outputs, job.positional) and value and value != job.declared[name].default:
-            path = Path(value).expanduser()
-            value = str(path.resolve()) if path.exists() or name in job.outputs else value
+            path = os.path.expanduser(value)  # leaves the home folder of a user who does not exist as it is
+            value = str(Path(path).resolve()) if os.path.exists(path) or name in job.outputs else value
         checked[name] = value
     return checked
 
@@ -276,6 +280,10 @@ def read_run(run_dir: Path) -> dict:
 
     def read() -> tuple[dict, bool]:
         status = json.loads((run_dir / "status.json").read_text(encoding="utf-8")) | {"id": run_dir.name}
+        seconds_since(status["started"])  # raises for what is no time
+        for name, kind in STATUS.items():
+            if not isinstance(status[name], kind):
+                raise TypeError(f"{name} is {status[name]!r}")
         here = status["host"] == socket.gethostname()  # a process of another host cannot be looked up
         return status, status["state"] in ("queued", "running") and here and not process_is_there(status)
 
@@ -593,7 +601,7 @@ def run(args: argparse.Namespace, name: str, path: str | None = None) -> int:
     pairs, given = [text.partition("=") for text in args.parameters], {}
     if path is not None:
         job = load_jobs(args.notebooks_dir and args.notebooks_dir / "jobs.yaml").get(name)
-        if job and not (job.positional and Path(path).expanduser().exists()):
+        if job and not (job.positional and os.path.exists(os.path.expanduser(path))):
             wrong = f"its {job.positional} does not exist" if job.positional else "it takes no path"
             raise WorkbookError(f"The job {name} cannot be run with {path!r}: {wrong}.")
         pairs.append((job and job.positional, "=", path))

@@ -29,6 +29,7 @@ class Task:
     stop: text at which generated answers are cut (None: only at the end-of-text token).
     metric: the metric that a result is summed up by; one of helpers.evaluation's.
     samples: rows without the target, used as ready-made prompts.
+    ask: what one would say to a chat model before the columns; used to judge the base model by its own chat template.
     generation: how the panel generates, where it differs from greedy: fields of `adapters.Settings`.
     """
 
@@ -45,11 +46,18 @@ class Task:
     stop: str | None = "\n"
     metric: str = "chrf"
     samples: tuple[dict[str, str], ...] = ()
+    ask: str = ""
     generation: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        named = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
-        if tuple(named) != self.columns:
+        try:
+            fields = [field for field in string.Formatter().parse(self.template) if field[1] is not None]
+        except ValueError as error:
+            raise WorkbookError(f"task {self.name!r}: the template cannot be read ({error}): write a brace that is meant as one "
+                                "twice.") from error
+        named = [name for _, name, _, _ in fields]
+        plain = all(name.isidentifier() and not spec and not conversion for _, name, spec, conversion in fields)
+        if tuple(named) != self.columns or not plain:
             raise WorkbookError(f"task {self.name!r}: the template's fields {named} must be the columns "
                                 f"{list(self.columns)}, each once and in this order.")
 
@@ -72,6 +80,10 @@ class Task:
         if self.target not in row:
             raise WorkbookError(f"task {self.name!r} needs the column {self.target!r}, and the row has only {sorted(row)}.")
         return row[self.target].strip()
+
+    def chat(self, row: dict[str, str]) -> str:
+        """The same request in plain words, for the user's turn of a chat template."""
+        return "\n\n".join(part for part in (self.ask, *(row.get(name, "") for name in self.columns)) if part)
 
     def answer(self, generated: str) -> str:
         """What counts as the model's answer: the text before `stop`, trimmed."""
@@ -133,6 +145,7 @@ register(Task(
     hub_licence="CC BY 4.0",
     max_new_tokens=96,
     metric="execution",
+    ask="Write one SQLite query that answers the question. Write nothing but the query.",
     samples=(
         {"context": "CREATE TABLE employees (name VARCHAR, department VARCHAR, salary INTEGER, city VARCHAR)",
          "question": "How many employees work in the Sales department?"},
@@ -154,6 +167,7 @@ register(Task(
     hub_licence="openrail++",
     max_new_tokens=48,
     metric="chrf",
+    ask="Rewrite this text politely and keep its meaning. Write nothing but the new text.",
     samples=(
         {"toxic": "this stupid printer never works when i need it"},
         {"toxic": "what the hell is wrong with your dumb schedule"},
