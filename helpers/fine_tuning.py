@@ -37,6 +37,8 @@ PRESETS: dict[str, dict] = {
                       epochs=1.0, max_rows=-1, data_fraction=1.0, batch_size=1, gradient_accumulation=4,
                       max_length=1024, packing="wrapped", optimizer="paged_adamw_32bit", completion_only=False),
 }
+KINDS = {"str": (str, "text"), "int": (int, "a whole number"), "float": ((int, float), "a number"),
+         "bool": (bool, "True or False")}
 REFERENCE_TASKS = {"instruct": dict(data_fraction=0.3, epochs=1.0), "sql": dict(epochs=2.0), "detox": dict(epochs=4.0)}
 
 
@@ -86,6 +88,10 @@ class FineTuneConfig:
         unknown = set(parameters) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise WorkbookError(f"parameter {sorted(unknown)[0]!r} is unknown to fine-tuning.")
+        for field in dataclasses.fields(cls):
+            kind, value = field.type.removesuffix(" | None"), parameters.get(field.name)
+            if value is not None and (isinstance(value, bool) != (kind == "bool") or not isinstance(value, KINDS[kind][0])):
+                raise WorkbookError(f"{field.name} is {value!r}: it must be {KINDS[kind][1]}.")
         task = tasks.get_task(parameters.get("task", ""))
         name = parameters.get("preset") or "default"
         if name not in PRESETS:
@@ -118,7 +124,7 @@ class FineTuneConfig:
             if getattr(self, name) not in allowed:
                 raise WorkbookError(f"{name} is {getattr(self, name)!r}: use {' or '.join(allowed)}.")
         known = self.data == "practice" or self.data == "hub" or self.data.startswith("hub:")
-        if not known and not Path(self.data).expanduser().is_file():
+        if not known and not os.path.isfile(os.path.expanduser(self.data)):
             raise WorkbookError(f"data is {self.data!r}, which is not an existing file: give a .jsonl or .jsonl.gz file, "
                                 "'practice' or 'hub'.")
         if self.data == "practice" and self.task not in ("instruct", "sql", "detox"):
