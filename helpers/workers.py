@@ -401,7 +401,8 @@ def _prepare_host(options) -> None:
         raise WorkbookError(f"{each} workers were asked for and {_host()} has {gpus} GPU{'s' * (gpus > 1)}: one process "
                             f"needs a GPU of its own, so ask for at most {gpus}.")
     # More threads than cores would make every worker wait for every other.
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)) // each)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or here // each)
     os.environ["OMP_NUM_THREADS"] = str(min(max(1, cores), int(os.environ.get("OMP_NUM_THREADS") or cores or 1)))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # one host: rank 0 serves the store, on the loopback address
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast needs rights that containers seldom have
