@@ -6,6 +6,8 @@ apart; text by chrF (sacrebleu) and ROUGE-L. Every number that is reported comes
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 import re
 import sqlite3
@@ -14,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from helpers import WorkbookError
+from helpers import WorkbookError, judges
 from helpers.tasks import Task
 
 # ------------------------------------------------------------------------------------------------------- generation
@@ -364,3 +366,135 @@ def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]], batch_siz
     metrics = {name: bootstrap([row[name] for row in scores], seed) for name in scores[0]}
     new_tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
     return {"metrics": metrics, "answers": answers, "scores": scores, "seconds": seconds, "new_tokens": new_tokens}
+
+
+# ---------------------------------------------------------------------------------------------- systems side by side
+
+
+def token_losses(model, tokenizer, prompts: list[str], completions: list[str], batch_size: int | None = None) -> list[float]:
+    """Mean cross-entropy (nats) per token of each completion and its end-of-text token, given its prompt."""
+    import torch
+
+    from helpers.data import encode
+
+    batch_size = batch_size or (128 if model.device.type == "cuda" else 16)
+    rows = [encode(tokenizer, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    losses = [0.0] * len(rows)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start:start + batch_size]
+        width = max(len(rows[i]["input_ids"]) for i in chosen)
+        ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for place, i in enumerate(chosen):
+            length = len(rows[i]["input_ids"])
+            ids[place, :length], mask[place, :length] = torch.tensor(rows[i]["input_ids"]), 1
+            labels[place, :length] = torch.tensor(rows[i]["labels"])
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, :-1]
+        targets = labels[:, 1:].to(model.device)
+        each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none", ignore_index=-100)
+        means = each.sum(dim=1) / (targets != -100).sum(dim=1)
+        for place, i in enumerate(chosen):
+            losses[i] = means[place].item()
+    return losses
+
+
+def chat_prompts(tokenizer, messages: list[str]) -> list[str]:
+    """User messages in the tokenizer's own chat template, up to where the model's answer begins."""
+    return [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+            for text in messages]
+
+
+def chat_answer(task: Task, text: str) -> str:
+    """A chat model's answer, as a fair reader takes it: the content of its code block when it wrote one."""
+    block = re.search(r"```\w*\n(.*?)(?:```|$)", text, re.DOTALL)
+    return task.answer(" ".join(block[1].split()) if block and task.stop else text)
+
+
+def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=None, seed: int = 0) -> dict[str, dict]:
+    """Every system on the same rows: the base model under the task's prompt and in its own chat, baselines, the adapter.
+
+    model: a peft model (its active adapter is the one judged). progress: called with (system, prompts done).
+    Returns for every system ``{"answers": [...], "scores": [{metric: number}, ...], "metrics": {metric: Estimate}}``.
+    """
+    ways = {"base": ([task.prompt(row) for row in rows], task.answer)}
+    if tokenizer.chat_template:
+        ways["base, own chat template"] = (chat_prompts(tokenizer, [task.chat(row) for row in rows]),
+                                           lambda text: chat_answer(task, text))
+    ways["adapter"] = (ways["base"][0], task.answer)
+    systems = {}
+    for name, (prompts, read) in ways.items():
+        # Each stands where it will be used: a chat stops at the end-of-text token, a prompt of the task at its stop text.
+        stop = None if "chat" in name else task.stop
+        with contextlib.nullcontext() if name == "adapter" else model.disable_adapter():
+            texts = generate(model, tokenizer, prompts, task.max_new_tokens, None, stop,
+                             progress and functools.partial(progress, name))
+        systems[name] = {"answers": [read(text) for text in texts]}
+    if task.name == "detox":
+        systems["copied"] = {"answers": [row["toxic"] for row in rows]}
+        systems["listed words deleted"] = {"answers": [judges.without_listed_words(row["toxic"]) for row in rows]}
+        systems["human"] = {"answers": [task.completion(row) for row in rows]}
+    for name, system in systems.items():
+        system["scores"] = score(task, system["answers"], rows)
+        if task.name == "instruct":
+            with contextlib.nullcontext() if name == "adapter" else model.disable_adapter():
+                for scores, loss in zip(system["scores"], token_losses(model, tokenizer, ways[name][0],
+                                                                       [task.completion(row) for row in rows]), strict=True):
+                    scores["loss"] = loss
+    if task.name == "detox":
+        _add_detox_scores(systems, model, tokenizer, rows)
+    for system in systems.values():
+        names = system["scores"][0]
+        system["metrics"] = {name: bootstrap([scores[name] for scores in system["scores"]], seed) for name in names}
+    return systems
+
+
+def _add_detox_scores(systems: dict, model, tokenizer, rows: list[dict[str, str]]) -> None:
+    """style, similarity, fluency and their product (Logacheva and others 2022, ParaDetox, section 5), per row.
+
+    style: 1 when the classifier finds the answer inoffensive. similarity: to the toxic text. fluency: 1 when the base
+    model finds the answer no more surprising, per token, than 95% of the human answers (there is no packaged judge of
+    grammar; an empty answer is not fluent).
+    """
+    import numpy as np
+
+    losses = {}
+    with model.disable_adapter():
+        for name, system in systems.items():
+            answers = system["answers"]
+            losses[name] = token_losses(model, tokenizer, [tokenizer.bos_token] * len(answers), answers)
+    limit = float(np.quantile(losses["human"], 0.95))
+    for name, system in systems.items():
+        answers = system["answers"]
+        kept = judges.similarity([row["toxic"] for row in rows], answers)
+        for scores, answer, chance, same, loss in zip(system["scores"], answers, judges.offensive(answers), kept, losses[name],
+                                                      strict=True):
+            style, fluency = float(chance < 0.5), float(bool(answer.strip()) and loss <= limit)
+            scores.update(style=style, similarity=same, fluency=fluency, joint=style * max(same, 0.0) * fluency)
+
+
+def verifiable(task: Task, model, tokenizer, every: int = 1, progress=None, seed: int = 0) -> dict[str, dict]:
+    """Base, base in its own chat, and adapter on instructions that a program can check, as `compare` returns them."""
+    asked = judges.verifiable_instructions()[::every]
+    prompts = [task.prompt({"instruction": one.instruction, "input": ""}) for one in asked]
+    ways = {"base": prompts, "adapter": prompts}
+    if tokenizer.chat_template:
+        ways["base, own chat template"] = chat_prompts(tokenizer, [one.instruction for one in asked])
+    systems = {}
+    for name, texts in ways.items():
+        with contextlib.nullcontext() if name == "adapter" else model.disable_adapter():
+            answers = generate(model, tokenizer, texts, task.max_new_tokens, None, None,
+                               progress and functools.partial(progress, name))
+        passed = [float(one.passes(answer)) for one, answer in zip(asked, answers, strict=True)]
+        systems[name] = {"answers": answers, "scores": [{"passed": value} for value in passed],
+                         "metrics": {"passed": bootstrap(passed, seed)}}
+        for kind in dict.fromkeys(one.kind for one in asked):
+            of_kind = [p for p, one in zip(passed, asked, strict=True) if one.kind == kind]
+            systems[name]["metrics"][kind] = bootstrap(of_kind, seed)
+    return systems
+
+
+def difference(a: list[float], b: list[float], seed: int = 0) -> Estimate:
+    """Mean of a - b over the same rows with its interval: pairs share their luck, so it is narrower than two intervals."""
+    return bootstrap([x - y for x, y in zip(a, b, strict=True)], seed)

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import WorkbookError, base_models, data, tasks
+from helpers import WorkbookError, base_models, cards, data, tasks
 from helpers.base_models import custom_adapters_dir  # noqa: F401 (notebooks say fine_tuning.custom_adapters_dir)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,9 +179,9 @@ def fine_tune(config: FineTuneConfig, run_dir: Path, workers: int = 1, resume: b
         raise WorkbookError(f"The output folder {run_dir} already holds a training run: resume it or choose another.")
     with base_models.disk_errors(run_dir, "the training run"):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(known, settings)
+        cards.write_json(known, settings)
     base_models.fetch(config.base_model)  # once, before several workers ask for it
-    if workers == 1:
+    if workers == 1 and not workers_on:
         return train(config, run_dir)
     from helpers.workers import launch, plan
 
@@ -517,7 +517,7 @@ def _progress_callback():
                 distributed.barrier()
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_json(folder / "complete.json", {"step": state.global_step, "seconds": self.seconds()})
+                cards.write_json(folder / "complete.json", {"step": state.global_step, "seconds": self.seconds()})
 
     return Progress
 
@@ -553,7 +553,7 @@ def _finish_training(config, trainer, run_dir: Path, rows: data.Rows, used: int,
         with base_models.disk_errors(run_dir, "the adapter"), tempfile.TemporaryDirectory(dir=run_dir) as temporary:
             target = Path(temporary) / "trained"
             save_adapter(model, config.base_model, target)
-            write_json(target / "result.json", result)
+            cards.write_json(target / "result.json", result)
             shutil.rmtree(run_dir / "trained", ignore_errors=True)
             os.replace(target, run_dir / "trained")
     return result
@@ -573,7 +573,7 @@ def save_adapter(model, base_model: str, folder: Path) -> None:
     config["base_model_name_or_path"] = base.hub_id or base.name
     config["revision"] = base_models.revision_of(base_model)
     config["target_modules"] = sorted(config["target_modules"])
-    write_json(folder / "adapter_config.json", config)
+    cards.write_json(folder / "adapter_config.json", config)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `publish` writes a real one
 
 
@@ -588,16 +588,6 @@ def load_trained(config: FineTuneConfig, run_dir: Path):
 # -------------------------------------------------------------------------------------------------------- publishing
 
 
-def write_json(path: Path, content) -> None:
-    """Write JSON to a temporary name, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def publish(run_dir: Path, adapter_dir: Path, metrics: dict, examples: list[dict] | None = None, command: str = "") -> Path:
     """Make ``adapter_dir`` from the trained adapter: weights, config, metrics.json and a model card, all or nothing.
 
@@ -606,62 +596,21 @@ def publish(run_dir: Path, adapter_dir: Path, metrics: dict, examples: list[dict
     run_dir, adapter_dir = Path(run_dir), Path(adapter_dir)
     check_free(adapter_dir)
     result = json.loads((run_dir / "trained" / "result.json").read_text())
-    record = {**{key: value for key, value in result.items() if key != "loss_log"}, **metrics, "command": command}
+    data_file = result["config"]["data"]
+    result["config"]["data"] = Path(data_file).name if Path(data_file).is_absolute() else data_file  # no folder of ours in it
+    record = {**{key: value for key, value in result.items() if key != "loss_log"}, **metrics, "command": command,
+              "examples": examples or []}
     with base_models.disk_errors(adapter_dir.parent, "the adapter"):
         adapter_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".publishing-", dir=adapter_dir.parent) as temporary:
             staging = Path(temporary) / "adapter"
             shutil.copytree(run_dir / "trained", staging, ignore=shutil.ignore_patterns("result.json"))
             record["weights_sha256"] = base_models.sha256(staging / "adapter_model.safetensors")  # checked when it is read
-            write_json(staging / "metrics.json", record)
-            (staging / "README.md").write_text(model_card(record, examples or []), encoding="utf-8")
+            cards.write(staging, record)
             if adapter_dir.is_dir():
                 adapter_dir.rmdir()  # empty, as checked
             os.replace(staging, adapter_dir)
     return adapter_dir
-
-
-def model_card(record: dict, examples: list[dict]) -> str:
-    """The adapter's README.md, every number in it taken from `record` (the content of metrics.json)."""
-    config = record["config"]
-    task = tasks.get_task(config["task"])
-    base = base_models.resolve(config["base_model"])
-    rows_a_step = config["batch_size"] * config["gradient_accumulation"] * record["workers"]
-    lines = ["---", f"base_model: {base.hub_id or base.name}", "library_name: peft", "pipeline_tag: text-generation",
-             "tags: [lora]", "---", "",
-             f"# {task.title}: a LoRA adapter for {base.name}", "",
-             f"Trained by the LoRA Workbook. Prompt: `{task.template.encode('unicode_escape').decode()}`", "",
-             "| | |", "| --- | --- |",
-             f"| base model | {base.hub_id or base.name}, revision {record['base_revision']}, licence {base.licence} |",
-             f"| data | {record['data_source']}: {record['rows']:,} training rows, licence {record['data_licence']} |",
-             f"| LoRA | rank {config['rank']}, alpha {config['alpha']}, dropout {config['dropout']:g}, "
-             f"{record['trained_parameters']:,} parameters |",
-             f"| training | {record['steps']:,} steps of {rows_a_step} rows, learning rate {config['learning_rate']:g} "
-             f"{config['schedule']}, {config['optimizer']}, base weights {config['precision']}, computing in "
-             f"{record['dtype'].removeprefix('torch.')}, seed {config['seed']} |",
-             f"| hardware | {record['hardware']}, {record['workers']} worker(s), {record['training_seconds'] / 60:.1f} minutes |",
-             "| adapter licence | Apache-2.0 for the weights; the base model's and the data's licences apply too |"]
-    if record.get("command"):
-        lines.append(f"| command | `{record['command']}` |")
-    lines += ["", "## Measured", ""]
-    lines += _metrics_table(record.get("evaluation", {}))
-    for example in examples:
-        lines += ["", f"**Prompt** ({example['note']})", "", "```", example["prompt"], "```", "",
-                  f"adapter: `{example['adapter']}`", "", f"expected: `{example['reference']}`"]
-    return "\n".join(lines) + "\n"
-
-
-def _metrics_table(evaluation: dict) -> list[str]:
-    if not evaluation:
-        return ["Not evaluated."]
-    names = list(evaluation["adapter"])
-    rows = [f"On {evaluation['rows']:,} validation rows of {evaluation['source']} that training never saw, greedy decoding; "
-            "mean with 95% bootstrap interval.", "", "| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for who in [key for key in evaluation if isinstance(evaluation[key], dict)]:
-        cells = [f"{evaluation[who][n]['value']:.3f} [{evaluation[who][n]['low']:.3f}, {evaluation[who][n]['high']:.3f}]"
-                 for n in names]
-        rows.append(f"| {who} | " + " | ".join(cells) + " |")
-    return rows
 
 
 def main(run_dir: str) -> None:

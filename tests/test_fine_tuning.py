@@ -152,7 +152,7 @@ def test_publishing_is_all_or_nothing(tiny, tmp_path, monkeypatch):
                               "adapter": {"exact": {**estimate, "value": 0.75}}}}
     target = tmp_path / "adapters" / "mine"
     with monkeypatch.context() as broken:
-        broken.setattr(fine_tuning, "model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        broken.setattr("helpers.cards.model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(WorkbookError, match="its disk is full"):
             fine_tuning.publish(tmp_path / "run", target, metrics)
     assert list(target.parent.iterdir()) == [], "a half-written adapter was left behind"
