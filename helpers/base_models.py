@@ -281,6 +281,15 @@ def _checked_folder(folder: Path) -> Path:
     if not weights:
         raise WorkbookError(f"{folder} has no *.safetensors file (pickled weights are never opened): convert the model "
                             "to safetensors first.")
+    for index in folder.glob("*.index.json"):  # it may name any file as a part of the weights
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise WorkbookError(f"{index} is damaged ({error!r}): fetch the model again.") from error
+        if index.name.startswith("model.safetensors") and (wrong := sorted(
+                str(part) for part in parts if not re.fullmatch(r"[\w.-]+\.safetensors", str(part)))):
+            raise WorkbookError(f"{index} names {wrong[0]!r} as a part of the weights, which is no safetensors file of it "
+                                "(pickled weights are never opened): convert the model to safetensors first.")
     return folder
 
 
@@ -399,6 +408,12 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
                                                      trust_remote_code=False, **options)
     except (SafetensorError, EOFError) as error:
         raise WorkbookError(f"The weights in {folder} are damaged ({error}): delete that folder and fetch again.") from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise WorkbookError(f"{name} needs code from its own folder, which is never run: use a model whose architecture "
+                                "transformers itself has.") from error
+        reason = " ".join(str(error).split())[:200]
+        raise WorkbookError(f"{name} cannot be loaded as a causal language model ({reason}): check its config.json.") from error
     except ImportError as error:
         raise WorkbookError(f"precision={precision!r} needs a package that is missing ({error}): run `make setup`.") from error
     finally:

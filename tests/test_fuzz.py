@@ -217,7 +217,8 @@ def test_a_base_model_is_found_or_refused(name):
 
 
 STATUS = {"job": "sql", "state": "running", "error": None, "attempts": 1, "parameters": {}, "pid": 1, "pid_created": 1.0,
-          "host": "x", "created": "2026-01-01T00:00:00+00:00", "started": "2026-01-01T00:00:00+00:00", "ended": None, "seconds": None}
+          "host": "x", "created": "2026-01-01T00:00:00+00:00", "started": "2026-01-01T00:00:00+00:00", "ended": None,
+          "seconds": None}
 ODD = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just([]) | st.just({"a": 1})
 
 
