@@ -33,7 +33,8 @@ REDRAW_SECONDS = 0.05  # a screen update a token would be more traffic than read
 
 STYLE = """<style>
 .lora-panel {max-width: 1180px; color: var(--jp-ui-font-color1, #111); background: var(--jp-layout-color1, #fff)}
-.lora-panel .widget-html-content, .lora-panel .jupyter-widget-html-content {line-height: 1.45; overflow-wrap: break-word}
+.lora-panel .widget-html-content, .lora-panel .jupyter-widget-html-content {line-height: 1.45; overflow-wrap: break-word;
+  min-width: 0}
 .lora-panel .status {display: inline-block; padding: 2px 10px; border-radius: 10px;
   border: 1px solid var(--jp-border-color1, #888); background: var(--jp-layout-color2, #eee);
   color: var(--jp-ui-font-color1, #111)}
@@ -45,7 +46,7 @@ STYLE = """<style>
 .lora-panel table {border-collapse: collapse; margin: 4px 0}
 .lora-panel .wide {overflow-x: auto}
 .lora-panel td {overflow-wrap: anywhere}
-.lora-panel caption {text-align: left}
+.lora-panel caption {text-align: left; white-space: nowrap}
 .lora-panel th, .lora-panel td {border: 1px solid var(--jp-border-color2, #aaa); padding: 2px 8px; text-align: left;
   vertical-align: top}
 .lora-panel .note {color: var(--jp-ui-font-color2, #444)}
@@ -389,7 +390,7 @@ class Panel:
             view.value = card(title, text, readout(answer, mode == ALL), extra)
         self._remember(task, mode, answers, texts, settings)
         slowest = f"; swaps took {', '.join(f'{1e3 * a.swap_seconds:.3f} ms' for a in answers)}" if mode != ALL else ""
-        return ("stopped" if self._stop.is_set() else "done") + slowest
+        return f"{'stopped' if self._stop.is_set() else 'done'} ({len(self.history)} answers so far){slowest}"
 
     def _empty_cards(self, titles: list[str]) -> list:
         import ipywidgets as w

@@ -123,12 +123,12 @@ def lab(browser, tiny, shelf, tmp_path_factory):
                                      f"prebuilt={str(shelf)!r})\nexplorer")
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}})
-    nbformat.write(notebook, folder / "notebooks" / "panel.ipynb")
     port = free_port()
     server = Server([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
                      f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
                      f"--ServerApp.root_dir={folder / 'notebooks'}", "--expose-app-in-browser", "--LabApp.news_url=None"],
                     folder, port, folder / "custom")
+    server.notebook, server.folder, server.opened = notebook, folder / "notebooks", 0
     yield server
     server.end()
 
@@ -162,6 +162,10 @@ class Page:
         return self.status()
 
     def choose(self, label: str, option: str) -> None:
+        deadline = time.monotonic() + PATIENCE / 1000
+        while option not in self.option_names(label):  # the kernel may still be filling the list
+            assert time.monotonic() < deadline, f"{label} offers {self.option_names(label)}, not {option}"
+            time.sleep(0.05)
         self.page.get_by_label(label, exact=True).select_option(index=self.option_names(label).index(option))
 
     def option_names(self, label: str) -> list[str]:
@@ -182,15 +186,29 @@ class Page:
         return self.page.locator(".lora-panel .card pre").all_inner_texts()
 
     def run(self) -> str:
-        """Press Generate and wait for the end."""
+        """Press Generate and wait for the end: a status that counts more answers than the one before."""
+        before = self.answers()
         self.press("Generate")
-        self.wait("generating", "done")
-        return self.wait("done")
+        return self.wait_for_more(before)
+
+    def answers(self) -> int:
+        found = re.search(r"(\d+) answers so far", self.status())
+        return int(found[1]) if found else 0
+
+    def wait_for_more(self, before: int) -> str:
+        deadline = time.monotonic() + PATIENCE / 1000
+        while self.answers() <= before and "error" not in self.status():
+            assert time.monotonic() < deadline, self.status()
+            time.sleep(0.05)
+        return self.status()
 
 
 def open_lab(browser, server) -> Page:
+    """A notebook, and so a kernel, of its own: run its cell, wait for the panel."""
+    server.opened += 1
+    nbformat.write(server.notebook, server.folder / f"panel-{server.opened}.ipynb")
     shown = Page(browser.new_page(viewport={"width": 1280, "height": 1100}), server)
-    shown.page.goto(f"http://127.0.0.1:{server.port}/lab/tree/panel.ipynb?reset&token={TOKEN}")
+    shown.page.goto(f"http://127.0.0.1:{server.port}/lab/tree/panel-{server.opened}.ipynb?reset&token={TOKEN}")
     shown.page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
     shown.page.wait_for_function("() => document.querySelector('.jp-NotebookPanel-toolbar')?.innerText.includes('Python 3')")
     shown.page.keyboard.press("Control+Enter")
@@ -311,6 +329,7 @@ def test_an_error_is_shown_and_the_next_run_works(shown):
 
 
 def test_history_is_exported_as_csv(shown, tmp_path):
+    shown.choose("Task", tasks.get_task("detox").title)
     shown.tokens(4)
     shown.run()
     title = shown.page.locator(".lora-panel").get_by_text("History", exact=True)
@@ -327,16 +346,17 @@ def test_history_is_exported_as_csv(shown, tmp_path):
 def test_two_quick_clicks_make_one_run(shown):
     shown.press("Adapter alone")
     shown.tokens(40)
-    shown.page.get_by_role("button", name="Generate").dblclick()
-    shown.wait("done")
-    time.sleep(1)
-    count = shown.page.get_by_text("The newest of").inner_text()
     shown.run()
-    after = shown.page.get_by_text("The newest of").inner_text()
-    assert int(re.search(r"\d+", after)[0]) == int(re.search(r"\d+", count)[0]) + 1
+    before = shown.answers()
+    shown.page.get_by_role("button", name="Generate").dblclick()
+    shown.wait_for_more(before)
+    time.sleep(1)
+    assert shown.answers() == before + 1
 
 
 def test_the_keyboard_reaches_every_control_in_order(shown):
+    shown.choose("Task", tasks.get_task("detox").title)
+    shown.page.get_by_label("Toxic", exact=True).wait_for()
     shown.page.get_by_label("Task", exact=True).focus()
     reached = []
     for _ in range(16):
@@ -346,10 +366,10 @@ def test_the_keyboard_reaches_every_control_in_order(shown):
     for name in ("Sample", "Adapter", "Refresh adapters", "Toxic", "Generate"):
         assert name in reached, f"Tab never reached {name}: {reached}"
     shown.tokens(3)
+    before = shown.answers()
     shown.page.get_by_role("button", name="Generate").focus()
     shown.page.keyboard.press("Enter")
-    shown.wait("generating", "done")
-    shown.wait("done")
+    assert "done" in shown.wait_for_more(before)
 
 
 @pytest.mark.parametrize("width", [1280, 800])
@@ -359,7 +379,8 @@ def test_nothing_is_cut_off(shown, width):
     wider = shown.page.evaluate("""() => [...document.querySelectorAll('.lora-panel, .lora-panel *')].filter(
         e => e.offsetParent && e.scrollWidth > e.clientWidth + 3 && getComputedStyle(e).display !== 'inline'
              && !/auto|scroll/.test(getComputedStyle(e).overflowX)
-             && !['SELECT', 'OPTION', 'BUTTON'].includes(e.tagName)).map(e => e.className + ' ' + e.tagName)""")
+             && !['SELECT', 'OPTION', 'BUTTON'].includes(e.tagName)).map(
+        e => `${e.className} ${e.scrollWidth} > ${e.clientWidth} ${e.textContent.slice(0, 80)}`)""")
     assert wider == []
     shown.page.set_viewport_size({"width": 1280, "height": 1100})
 
@@ -435,14 +456,14 @@ def test_two_tabs_of_one_notebook_are_two_views_of_one_panel(browser, lab):
     first = open_lab(browser, lab)
     first.page.keyboard.press("Escape")
     first.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
-    second = Page(first.page.context.new_page(), lab)
-    second.page.goto(f"http://127.0.0.1:{lab.port}/lab/workspaces/other/tree/panel.ipynb?reset&token={TOKEN}")
+    second = Page(browser.new_page(), lab)
+    second.page.goto(f"http://127.0.0.1:{lab.port}/lab/workspaces/other/tree/panel-{lab.opened}.ipynb?reset&token={TOKEN}")
     second.page.locator(".lora-panel").wait_for()
     first.tokens(30)
     first.press("Generate")
     second.page.get_by_role("button", name="Generate").click(force=True)
-    first.wait("done")
-    second.wait("done")
+    first.wait("2 answers so far")
+    second.wait("2 answers so far")
     assert first.cards() == second.cards() and len(first.cards()) == 2
     first.page.close()
     second.page.close()
