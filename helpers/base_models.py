@@ -288,7 +288,7 @@ def _checked_folder(folder: Path) -> Path:
             raise WorkbookError(f"{index} is damaged ({error!r}): fetch the model again.") from error
         if index.name.startswith("model.safetensors") and (wrong := sorted(
                 str(part) for part in parts if not re.fullmatch(r"[\w.-]+\.safetensors", str(part)))):
-            raise WorkbookError(f"{index} names {wrong[0]!r} as a part of the weights, which is no safetensors file of it "
+            raise WorkbookError(f"{index} names {wrong[0]!r} as a part of the weights, which is none of its safetensors files "
                                 "(pickled weights are never opened): convert the model to safetensors first.")
     return folder
 

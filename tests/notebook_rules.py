@@ -173,7 +173,7 @@ def in_order(page: Page):
 
 def output_stored(page: Page):
     for cell in page.code:
-        if shows_something(source(cell)) and not cell["outputs"]:
+        if cell["execution_count"] is not None and shows_something(source(cell)) and not cell["outputs"]:
             yield f"the {'compared ' * is_compared(cell)}cell {named(cell)} shows something and stores no output"
 
 
@@ -364,8 +364,9 @@ def exercises_are_unsolved(page: Page):
     blanks = [cell for cell in page.code if "...  # your code here" in source(cell)]
     if not blanks or not all("exercise" in tags(cell) for cell in blanks):
         yield "an exercise file has no blank to fill in, or one without the tag `exercise`"
-    if not any("check" in tags(cell) for cell in page.code):
-        yield "an exercise file has no cell tagged `check`"
+    after = [following for cell, following in zip(page.code, [*page.code[1:], None], strict=True) if cell in blanks]
+    if not all(following and "assert" in source(following) for following in after):
+        yield "a blank of an exercise file is not followed by a cell that checks it"
 
 
 EXECUTED, NOTEBOOKS, ALL = ("lesson", "solutions"), ("lesson", "solutions", "exercises"), (

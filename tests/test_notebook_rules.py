@@ -161,7 +161,8 @@ FAULTS = {
 EXERCISE_FAULTS = {
     rules.exercises_are_unsolved: [
         cell(4, outputs=[stream("right")]), cell(1, execution_count=1), cell(3, source="    # BEGIN SOLUTION"),
-        cell(3, metadata={}), cell(3, metadata={"tags": ["solution"]}), cell(4, metadata={}),
+        cell(3, metadata={}), cell(3, metadata={"tags": ["solution"]}), cell(4, source="print('right')"),
+        lambda n: n["cells"].pop(),
         cell(3, source="def double(x):\n    return 2 * x")],
     rules.no_machine_paths: [cell(4, source="open('/home/ann/rows')")],
     rules.links_lead_somewhere: [cell(2, source="[x](nowhere.md)")],

@@ -188,10 +188,13 @@ def listening(process: psutil.Process) -> list:
 
 
 def status_of(port: int, path: str, token: str = "") -> int:
+    """The HTTP status that a path is answered with, or 599 while nobody listens yet."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("GET", path + (f"?token={token}" if token else ""))
     try:
+        connection.request("GET", path + (f"?token={token}" if token else ""))
         return connection.getresponse().status
+    except ConnectionRefusedError:
+        return 599
     finally:
         connection.close()
 
@@ -217,10 +220,10 @@ def test_servers_listen_on_this_machine_only_and_ask_for_a_token(target, tmp_pat
         while not address:
             text = (tmp_path / "log").read_text()
             assert made.poll() is None and time.monotonic() < end, text[-2000:]
-            address = re.search(r"http://(127\.0\.0\.1|localhost):(\d+)/\S*?token=([0-9a-f]{32,})", text)
+            address = re.search(r"http://(127\.0\.0\.1|localhost):(\d+)/\S*?token=([\w-]{24,})", text)
             time.sleep(0.3)
         port, token = int(address[2]), address[3]
-        while status_of(port, "/", token) >= 500:
+        while status_of(port, "/api/status" if target == "lab" else "/voila/static/main.js", token) == 599:
             assert time.monotonic() < end
             time.sleep(0.5)
         sockets = listening(process)
