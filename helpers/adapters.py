@@ -273,13 +273,13 @@ def _check_tensors(folder: Path, content: bytes, rank: int, modules: dict[str, t
     for module, (out, into) in modules.items():
         expected[f"base_model.model.{module}.lora_A.weight"] = (rank, into)
         expected[f"base_model.model.{module}.lora_B.weight"] = (out, rank)
-    for name in expected.keys() - tensors.keys():
+    for name in sorted(expected.keys() - tensors.keys()):
         raise _fault(folder, f"lacks {len(expected.keys() - tensors.keys())} tensors, for instance {_short(name)}",
                      "its weights and its config do not belong together; copy the whole folder again")
-    for name in tensors.keys() - expected.keys():
+    for name in sorted(tensors.keys() - expected.keys()):
         raise _fault(folder, f"holds a tensor that its config does not account for ({_short(name)})",
                      "its weights and its config do not belong together; copy the whole folder again")
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tuple(tensor.shape) != expected[name]:
             raise _fault(folder, f"has {_short(name)} of shape {list(tensor.shape)} where rank {rank} on this base model "
                          f"needs {list(expected[name])}", "its rank or its base model is another one")
