@@ -5,7 +5,8 @@
     python tests/needs.py --table         run nothing; write README's table again
 
 Every notebook runs headless, from a clean kernel, in a copy of the project, so that nothing in this folder changes. Run
-it on a machine that does nothing else: `load` in the file is the load average just before a notebook started.
+it on a machine that does nothing else: `busy` is the share of all cores, in percent, that other programs took just
+before a notebook started, and the table says so when it was more than a few.
 """
 
 import argparse
@@ -27,6 +28,7 @@ NEEDS, README = ROOT / "notebooks" / "needs.json", ROOT / "README.md"
 BEGIN, END = "<!-- needs:begin -->", "<!-- needs:end -->"
 COPIED = ("notebooks", "helpers", "adapters", "tests", "pyproject.toml", "README.md", "Makefile")
 INTERVAL = 0.2  # seconds between two looks at the memory
+QUIET = 10  # percent of all cores: with more than that, the minutes are marked
 
 
 def lessons() -> list[Path]:
@@ -72,6 +74,7 @@ class PeakMemory:
 def measure(path: Path, timeout: int = 3600) -> dict:
     """Run one notebook in a copy of the project. Returns its figures. Raises what its failing cell raised."""
     import nbformat
+    import psutil
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
@@ -84,11 +87,11 @@ def measure(path: Path, timeout: int = 3600) -> dict:
                 shutil.copy(source, Path(folder) / name)
         os.environ["CUSTOM_LORA_ADAPTERS_DIR"] = str(Path(folder) / "adapters" / "custom")
         client = NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(Path(folder) / "notebooks")}})
-        load, start = os.getloadavg()[0], time.monotonic()
+        busy, start = psutil.cpu_percent(interval=3), time.monotonic()
         with PeakMemory() as memory:
             client.execute()
         seconds = time.monotonic() - start
-    return {"seconds": round(seconds, 1), "peak_bytes": memory.bytes, "load": round(load, 1), "code": code_of(notebook),
+    return {"seconds": round(seconds, 1), "peak_bytes": memory.bytes, "busy": round(busy), "code": code_of(notebook),
             "date": date.today().isoformat(), "machine": machine()}
 
 
@@ -102,7 +105,7 @@ def machine() -> str:
 
 
 def table() -> str:
-    """The lessons and their figures as Markdown; a lesson without figures has dashes, one changed since then says so."""
+    """The lessons and their figures as Markdown; a lesson without figures has dashes, and what is wrong with figures is said."""
     import nbformat
 
     known = json.loads(NEEDS.read_text()) if NEEDS.exists() else {}
@@ -114,8 +117,10 @@ def table() -> str:
         title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
         if found := known.get(path.stem):
             machines.add(f"{found['machine']}, {found['date']}")
-            old = "" if found["code"] == code_of(notebook) else " (before its last change)"
-            figures = f"{found['seconds'] / 60:.1f}{old} | {found['peak_bytes'] / 1e9:.1f}"
+            notes = [note for note, holds in (("before its last change", found["code"] != code_of(notebook)),
+                                              ("machine busy", found["busy"] > QUIET)) if holds]
+            note = f" ({', '.join(notes)})" if notes else ""
+            figures = f"{found['seconds'] / 60:.1f}{note} | {found['peak_bytes'] / 1e9:.1f}"
         else:
             figures = "– | –"
         lines.append(f"| {title} | {device} | {figures} |")
@@ -153,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         known = json.loads(NEEDS.read_text()) if NEEDS.exists() else {}
         replace(NEEDS, json.dumps(known | {path.stem: found}, indent=1, sort_keys=True) + "\n")
-        print(f"{found['seconds']:.0f} s, {found['peak_bytes'] / 1e9:.1f} GB (load before: {found['load']})")
+        print(f"{found['seconds']:.0f} s, {found['peak_bytes'] / 1e9:.1f} GB (other programs took {found['busy']}%)")
     write_readme()
     return 1 if failed else 0
 

@@ -43,5 +43,9 @@ def test_it_measures_children_and_leaves_the_project_alone(project, capsys):
     notebook = nbformat.read(project / "notebooks" / "01_hold.ipynb", as_version=4)
     notebook.cells[1].source += "\nx = 1"
     nbformat.write(notebook, project / "notebooks" / "01_hold.ipynb")
-    assert "(before its last change)" not in text and needs.main(["--table"]) == 0
-    assert "(before its last change)" in needs.README.read_text()
+    assert "before its last change" not in text and needs.main(["--table"]) == 0
+    assert "before its last change" in needs.README.read_text()
+
+    found["01_hold"]["busy"] = 50
+    needs.NEEDS.write_text(json.dumps(found))
+    assert needs.main(["--table"]) == 0 and "machine busy" in needs.README.read_text()
