@@ -164,7 +164,7 @@ EXERCISE_FAULTS = {
         cell(3, metadata={}), cell(3, metadata={"tags": ["solution"]}), cell(4, source="print('right')"),
         lambda n: n["cells"].pop(),
         cell(3, source="def double(x):\n    return 2 * x")],
-    rules.no_machine_paths: [cell(4, source="open('/home/ann/rows')")],
+    rules.no_machine_paths: [cell(1, source="open('/home/ann/rows')")],
     rules.links_lead_somewhere: [cell(2, source="[x](nowhere.md)")],
     rules.pictures_have_alt_text: [cell(2, source="![](curve.png)")],
 }
