@@ -70,9 +70,9 @@ def model_card(record: dict) -> str:
     if record.get("command"):
         lines.append(f"| command | `{record['command']}` |")
     lines += ["", "## Measured", ""]
-    tables = [table for table in (record.get("evaluation"), *record.get("more", [])) if table]
-    for table in tables:
-        lines += [*_table(table), ""]
+    tables = [one for one in (record.get("evaluation"), *record.get("more", [])) if one]
+    for one in tables:
+        lines += [*table(one), ""]
     if not tables:
         lines += ["Not evaluated.", ""]
     if record.get("tried"):
@@ -83,7 +83,7 @@ def model_card(record: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(evaluation: dict) -> list[str]:
+def table(evaluation: dict) -> list[str]:
     """One evaluation: a line per system, a column per metric, mean with interval; a metric that a system lacks stays empty."""
     systems = {who: metrics for who, metrics in evaluation.items() if isinstance(metrics, dict)}
     names = list(dict.fromkeys(name for metrics in systems.values() for name in metrics))

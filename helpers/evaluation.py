@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import random
 import re
 import sqlite3
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from helpers import WorkbookError, judges
-from helpers.tasks import Task
+from helpers.tasks import Task, get_task
 
 # ------------------------------------------------------------------------------------------------------- generation
 
@@ -369,6 +370,21 @@ def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]], batch_siz
 
 
 # ---------------------------------------------------------------------------------------------- systems side by side
+
+
+def check_parameters(parameters: dict) -> None:
+    """What the evaluation job checks before a kernel starts. Raises WorkbookError for what cannot be."""
+    from helpers import adapters
+
+    info = adapters.read_adapter(parameters["adapter"])
+    if not (parameters.get("task") or info.task):
+        raise WorkbookError(f"The adapter {info.name} does not say what task it is for: give one with -p task=sql.")
+    get_task(parameters.get("task") or info.task)
+    for name in ("eval_rows", "instructions"):
+        if parameters[name] < 1:
+            raise WorkbookError(f"{name} is {parameters[name]}: it must be at least 1.")
+    if parameters.get("tried") and not os.path.isdir(parameters["tried"]):
+        raise WorkbookError(f"tried is {parameters['tried']!r}, which is not an existing folder of runs.")
 
 
 def token_losses(model, tokenizer, prompts: list[str], completions: list[str], batch_size: int | None = None) -> list[float]:
