@@ -384,9 +384,32 @@ class Answer:
         return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else 0.0
 
 
+def _few_rows(linear):
+    """A linear layer's forward that is faster for a few rows on a CPU, or the layer itself where that does not apply.
+
+    For 2 to 16 rows of float32, MKL takes ``(W @ x.T).T`` in half the time of ``x @ W.T`` (measured on AVX2, torch 2.13).
+    """
+    import torch
+
+    weight = linear.weight if type(linear) is torch.nn.Linear else None  # not a 4-bit layer
+    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return linear
+
+    def forward(x):
+        rows = x.reshape(-1, x.shape[-1])
+        if not 1 < len(rows) <= 16:
+            return torch.nn.functional.linear(x, weight, linear.bias)
+        result = (weight @ rows.T).T.reshape(*x.shape[:-1], -1)
+        return result if linear.bias is None else result + linear.bias
+
+    return forward
+
+
 def _mixed_forward(base_layer, a, b, mask):
-    def forward(x, *args, **kwargs):
-        result = base_layer(x, *args, **kwargs)
+    base = _few_rows(base_layer)
+
+    def forward(x):
+        result = base(x)
         if a is None:  # none of the batch's adapters has this layer
             return result
         return result + ((x.to(a.dtype) @ a.T) * mask @ b).to(result.dtype)
@@ -594,15 +617,18 @@ class AdapterBank:
                 self._joined[loaded] = [self._join(layer, loaded) for layer in self._layers]
             rows = [name for name in names for _ in range(copies)]
             masks: dict[tuple, torch.Tensor] = {}
+            head = self.model.get_output_embeddings()
             try:
                 for layer, (owners, a, b) in zip(self._layers, self._joined[loaded], strict=True):
                     if owners not in masks:
                         masks[owners] = torch.tensor([[[float(owner == name) for owner in owners]] for name in rows],
                                                      device=self.model.device)
                     layer.forward = _mixed_forward(layer.base_layer, a, b, masks[owners])
+                if (faster := _few_rows(head)) is not head:
+                    head.forward = faster
                 yield self.model
             finally:
-                for layer in self._layers:
+                for layer in (*self._layers, head):
                     layer.__dict__.pop("forward", None)
 
     def _join(self, layer, names: tuple[str, ...]):

@@ -1,6 +1,6 @@
 """How long a swap takes, against PEFT's own ways, in one interleaved run; and what a mixed batch costs.
 
-    python tests/benchmarks/swap.py [--rounds 200] [--tokens 16] [--out result.json]
+    python tests/benchmarks/swap.py [--rounds 200] [--tokens 32] [--out result.json]
 
 Swaps: AdapterBank.swap, PEFT's set_adapter, entering and leaving PEFT's disable_adapter, loading an adapter from disk;
 each round times every one of them, so that a busy machine is busy for all. Mixed batch: generating the same number of
@@ -103,7 +103,7 @@ def mixed(bank: adapters.AdapterBank, tokens: int, rounds: int = 5) -> dict:
             times["four_rows_mixed_peft"].append(timed(lambda: bank.model.generate(
                 **batch, adapter_names=[bank.key(name) for name in names], **options)))
     medians = {way: round(statistics.median(values), 4) for way, values in times.items()}
-    return {"tokens": tokens, "rounds": rounds, "seconds": medians,
+    return {"prompt_tokens": batch["input_ids"].shape[1], "tokens": tokens, "rounds": rounds, "seconds": medians,
             "mixed_over_one": round(medians["four_rows_mixed"] / medians["one_adapter"], 3),
             "mixed_over_four_alone": round(medians["four_rows_mixed"] / (4 * medians["one_adapter"]), 3)}
 
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", default=base_models.EMBEDDED, help="base model (default: the embedded one)")
     parser.add_argument("--random", action="store_true", help="three random adapters instead of adapters/prebuilt")
     parser.add_argument("--rounds", type=int, default=200, help="rounds of swaps (default 200)")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens per generated row (default 16)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per generated row (default 32)")
     parser.add_argument("--batch-rounds", type=int, default=5, help="rounds of generations (default 5)")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     options = parser.parse_args(arguments)
