@@ -523,8 +523,8 @@ class AdapterBank:
 
     def unload(self, name: str) -> None:
         """Remove an adapter and free its memory; if it was active, the base model is from now on."""
-        self._known(name)
         with self._lock:
+            self._known(name)
             if self.active == name:
                 self.active = None
             self._flip(None)  # PEFT would otherwise choose another adapter as the active one
@@ -580,9 +580,9 @@ class AdapterBank:
 
         Waits for an answer that is being generated. Raises WorkbookError for an adapter that is not loaded.
         """
-        if name is not None:
-            self._known(name)
         with self._lock:
+            if name is not None:  # under the lock: a refresh in another thread may just be unloading it
+                self._known(name)
             start = time.perf_counter()
             self._flip(name)
             self.active = name
@@ -609,9 +609,9 @@ class AdapterBank:
         """
         import torch
 
-        for name in names:
-            self.key(name)
         with self._lock:
+            for name in names:
+                self.key(name)
             loaded = tuple(dict.fromkeys(name for name in names if name is not None))
             if loaded not in self._joined:
                 self._joined[loaded] = [self._join(layer, loaded) for layer in self._layers]

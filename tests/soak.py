@@ -152,8 +152,8 @@ def swaps(count: int, base_name: str, seed: int = 0, after=lambda: None) -> dict
                     if rng.random() < 0.3:
                         bank.swap(name)
                     if rng.random() < 0.15:
-                        names = [None, "a", "b", "c"]
-                        given = bank.generate_mixed([PROMPTS[number]] * 4, names, settings)
+                        names = [None, "a", "b", "c", *([name] if name == "custom/guest" else [])]
+                        given = bank.generate_mixed([PROMPTS[number]] * len(names), names, settings)
                         texts = [(n, one.text) for n, one in zip(names, given, strict=True)]
                     else:
                         texts = [(name, bank.generate(PROMPTS[number], name, settings).text)]
