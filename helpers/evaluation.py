@@ -218,6 +218,24 @@ def _literal_value(literal):
     return number if -(2**62) < number < 2**62 else float(number)  # SQLite's own integers have 64 bits
 
 
+_MAKES = {sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_READ,
+          sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE}
+
+
+def _make_tables(connection: sqlite3.Connection, context: str) -> None:
+    """Run a row's context, which may come from anywhere: it can make tables in this database and do nothing else."""
+    deadline = time.monotonic() + 1
+    connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _MAKES else sqlite3.SQLITE_DENY)
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)
+    try:
+        connection.executescript(context)
+    except ValueError as error:  # a NUL character
+        raise sqlite3.ProgrammingError(str(error)) from error
+    finally:
+        connection.set_progress_handler(None, 0)
+        connection.set_authorizer(None)
+
+
 def fill_databases(context: str, queries: list[str], seed: int = 0, databases: int = 6,
                    rows: int = 24) -> list[sqlite3.Connection]:
     """Random in-memory databases with the context's tables, built to tell the queries apart.
@@ -241,7 +259,7 @@ def fill_databases(context: str, queries: list[str], seed: int = 0, databases: i
     for index in range(databases):
         rng = random.Random(f"{seed}/{index}")
         connection = sqlite3.connect(":memory:")
-        connection.executescript(context)
+        _make_tables(connection, context)
         for table, columns in tables:
             count = rng.randint(rows // 3, rows) if index else rows
             marks = ", ".join("?" * len(columns))
