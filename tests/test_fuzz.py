@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from sqlglot.errors import SqlglotError
 
 from helpers import WorkbookError, base_models, data, evaluation, fine_tuning, jobs, tasks
 
@@ -294,6 +295,24 @@ def test_a_models_sql_cannot_write_or_leave_its_database(tmp_path, query):
     assert evaluation.run_sql(connection, "SELECT * FROM t")[1] == [(7, "kept")]
     connection.close()
     assert database.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["rows.db"]
+
+
+@pytest.mark.parametrize("added", [
+    "ATTACH '{file}' AS x; CREATE TABLE x.y (a)", "VACUUM INTO '{file}'",
+    "/* /* */ ATTACH '{file}' AS x; CREATE TABLE x.y (a); */",
+    "CREATE TABLE u AS SELECT load_extension('{file}')", "CREATE TRIGGER r AFTER INSERT ON t BEGIN DELETE FROM t; END",
+    "PRAGMA writable_schema = 1", "CREATE VIRTUAL TABLE v USING fts5(x)", "CREATE TABLE u (a); \0", "DROP TABLE t",
+    "CREATE TABLE u AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"])
+def test_a_rows_context_can_only_make_tables(tmp_path, added):
+    """Rows come from anywhere, and their context is run to make the test databases; the panel shows it too."""
+    from helpers import panel
+
+    context = f"{CONTEXT}; " + added.format(file=tmp_path / "secret")
+    with pytest.raises((sqlite3.Error, SqlglotError)):
+        evaluation.fill_databases(context, ["SELECT a FROM t"])
+    started = time.monotonic()
+    assert "Not run" in panel.sql_results(context, ["SELECT a FROM t"])[0] and time.monotonic() - started < 10
+    assert not list(tmp_path.iterdir())
 
 
 COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {})"
