@@ -57,7 +57,8 @@ def measure(out: str, asked: int, steps: int, rows: int, length: int, what: str,
             step_model.register_comm_hook(averaged, count_and_average)
         ids = torch.randint(10, 40_000, (rows, length), generator=torch.Generator().manual_seed(rank)).to(device)
         seconds = []
-        for step in range(steps + 2):  # the first two warm up
+        warm_up = 2 if steps > 1 else 0
+        for step in range(steps + warm_up):
             begin = time.perf_counter()
             averaged[0] = 0
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
@@ -67,7 +68,7 @@ def measure(out: str, asked: int, steps: int, rows: int, length: int, what: str,
             optimizer.zero_grad()
             if cuda:
                 torch.cuda.synchronize()
-            if step >= 2:
+            if step >= warm_up:
                 seconds.append(time.perf_counter() - begin)
         result = {"workers": asked, "threads": torch.get_num_threads(), "what": what, "rows": rows, "length": length,
                   "tokens_per_second": asked * rows * length / statistics.median(seconds), "seconds": seconds,
