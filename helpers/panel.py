@@ -505,6 +505,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", default=EMBEDDED, help="base model")
     parser.add_argument("--prebuilt", type=Path, help="folder of adapters (default: adapters/prebuilt)")
     parser.add_argument("--port", type=int, default=8866)
+    parser.add_argument("--keep", type=int, default=300, metavar="SECONDS", help="how long a closed tab's kernel stays (300)")
     options = parser.parse_args(arguments)
     extra = f", prebuilt={str(options.prebuilt.resolve())!r}" if options.prebuilt else ""
     token = os.environ.get("VOILA_TOKEN") or secrets.token_urlsafe(24)
@@ -512,13 +513,16 @@ def main(arguments: list[str] | None = None) -> int:
         path = Path(folder) / "task_explorer.ipynb"
         nbformat.write(app_notebook(f"base_name={options.base!r}{extra}"), path)
         print(f"Task explorer: http://127.0.0.1:{options.port}/?token={token}\nEach browser tab gets a kernel and a base model "
-              "of its own, so tabs cannot disturb each other; a closed tab's kernel ends. Ctrl-C ends the page.", flush=True)
+              f"of its own, so tabs cannot disturb each other; it ends {options.keep} seconds after its tab. "
+              "Ctrl-C ends the page.", flush=True)
         # The token goes by a file that only this user can read: arguments are visible to everyone on the machine.
         config = Path(folder) / "voila.json"
         config.touch(mode=0o600)
         config.write_text(json.dumps({"Voila": {"token": token}}))
         command = [sys.executable, "-m", "voila", str(path), "--no-browser", f"--port={options.port}", "--Voila.ip=127.0.0.1",
-                   "--MappingKernelManager.cull_idle_timeout=3600", "--MappingKernelManager.cull_interval=60"]
+                   # Voila's own message from a closing tab is refused where there is a token: so its kernel is culled.
+                   f"--MappingKernelManager.cull_idle_timeout={options.keep}",
+                   f"--MappingKernelManager.cull_interval={min(30, options.keep)}"]
         server = subprocess.Popen(command, cwd=folder, env={**os.environ, "JUPYTER_CONFIG_PATH": folder})
         signal.signal(signal.SIGTERM, lambda *_: server.terminate())  # the page and its kernels end with this process
         try:

@@ -104,7 +104,8 @@ class Server:
 
     def kernels(self) -> int:
         """How many kernel processes it runs."""
-        return sum("ipykernel_launcher" in " ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(True))
+        children = [child for child in psutil.Process(self.process.pid).children(True) if child.status() != psutil.STATUS_ZOMBIE]
+        return sum("ipykernel_launcher" in " ".join(child.cmdline()) for child in children)
 
     def end(self):
         self.process.send_signal(signal.SIGTERM)
@@ -137,8 +138,8 @@ def lab(browser, tiny, shelf, tmp_path_factory):
 def web(browser, tiny, shelf, tmp_path_factory):
     """The web page as `make app` starts it."""
     folder, port = tmp_path_factory.mktemp("web"), free_port()
-    server = Server([sys.executable, "-m", "helpers.panel", "--base", str(tiny), "--prebuilt", str(shelf), "--port", str(port)],
-                    folder, port, folder / "custom")
+    server = Server([sys.executable, "-m", "helpers.panel", "--base", str(tiny), "--prebuilt", str(shelf), "--port", str(port),
+                     "--keep", "5"], folder, port, folder / "custom")
     yield server
     server.end()
 
@@ -447,8 +448,13 @@ def test_two_tabs_of_the_web_page_have_a_panel_each(browser, web):
     assert "done" in first.wait("done") and "done" in second.wait("done")
     assert first.page.locator(".card h4").all_inner_texts() == ["Base model", "sql"]
     assert second.page.locator(".card h4").all_inner_texts() == ["Base model", "detox"]
+    before = web.kernels()
     for tab in (first, second):
         tab.page.close()
+    deadline = time.monotonic() + 120
+    while web.kernels() > before - 2:
+        assert time.monotonic() < deadline, "the kernels of closed tabs go on"
+        time.sleep(1)
 
 
 def test_two_tabs_of_one_notebook_are_two_views_of_one_panel(browser, lab):
