@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,6 +38,7 @@ PLACES = ('"" (this host)', "ssh:host,host", "print:host,host", "slurm", "cml")
 BEAT, PATIENCE = 2.0, 15.0  # s between two signs of life of a worker; without one for so long it counts as gone
 KEPT = ("WORKBOOK_CACHE", "WORKBOOK_JOIN_SECONDS", "HF_HOME", "HF_HUB_OFFLINE", "NCCL_DEBUG", "NCCL_NVLS_ENABLE", "TZ")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+END_WITH_STDIN = {"WORKBOOK_END_WITH_STDIN": "1"}  # a launcher whose caller is killed sees its standard input close
 CML_SIZE = {"cpu": 2, "memory": 16, "nvidia_gpu": 0}  # of one CML worker: cores, GiB, GPUs
 
 
@@ -80,7 +81,8 @@ def read_place(workers_on: str) -> tuple[str, list[str], dict[str, str]]:
     parts = [part.strip() for part in rest.split(",") if part.strip()]
     if place in ("ssh", "print") and parts:
         return place, parts, {}
-    if place in ("slurm", "cml") and all(re.fullmatch(r"[\w-]+=\S+", part) for part in parts):
+    option = {"slurm": r"[\w-]+=\S+", "cml": rf"({'|'.join(CML_SIZE)})=\d+"}.get(place)
+    if option and all(re.fullmatch(option, part) for part in parts):
         return place, [], dict(part.split("=", 1) for part in parts)
     if workers_on.strip():
         raise WorkbookError(f"workers_on is {workers_on!r}: use {', '.join(PLACES)}; hosts are separated by commas.")
@@ -194,7 +196,8 @@ def _command_here(chosen: Plan, node: int) -> list[str] | None:
     one = chosen.launches[node]
     if node == 0 and chosen.place != "ssh" or _is_here(one.host):
         return list(one.command)
-    return [*SSH, one.host, one.line()] if chosen.place == "ssh" else None
+    there = replace(one, environment={**one.environment, **END_WITH_STDIN})
+    return [*SSH, one.host, there.line()] if chosen.place == "ssh" else None
 
 
 def _is_here(host: str) -> bool:
@@ -240,8 +243,7 @@ def _join_seconds() -> int:
 
 
 def _start(one: Launch, command: list[str], log: Path, lines: queue.Queue | None) -> subprocess.Popen:
-    # The launcher ends its workers when its standard input closes, which also happens when this process is killed.
-    environment = {**os.environ, **one.environment, "WORKBOOK_END_WITH_STDIN": "1"}
+    environment = {**os.environ, **one.environment, **END_WITH_STDIN}
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    errors="replace", env=environment)
