@@ -671,6 +671,8 @@ class AdapterBank:
         settings.check()
         if not prompts or not all(prompts):
             raise WorkbookError("The prompt is empty: write one or choose a sample.")
+        if re.search("[\ud800-\udfff]", "".join(prompts)):
+            raise WorkbookError("The prompt holds half a surrogate pair, which is no text for a tokenizer: remove it.")
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         batch = batch.to(self.model.device)
         width = batch["input_ids"].shape[1]

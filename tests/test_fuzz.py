@@ -6,14 +6,17 @@ The number of examples follows from the hypothesis profile: `quick` (CI, the def
 
 import dataclasses
 import gzip
+import html
 import json
 import os
 import random
+import re
 import sqlite3
 import string
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -377,3 +380,91 @@ def test_any_adapter_config_is_read_or_refused(changes, seed, tiny, tmp_path_fac
     with pytest.raises(WorkbookError) as caught:
         adapters.read_adapter(folder, str(tiny))
     a_sentence(caught.value)
+
+
+# ---- what is typed into the panel
+
+
+@pytest.fixture(scope="module")
+def shown(tiny, tmp_path_factory):
+    from helpers import adapters, panel
+
+    nothing = tmp_path_factory.mktemp("none")
+    made = panel.show(adapters.AdapterBank(str(tiny)), prebuilt=nothing, custom=nothing)
+    made.wait(120)
+    return made
+
+
+class Tags(HTMLParser):
+    """The tags of a markup, and what could run in it."""
+
+    def __init__(self, markup: str):
+        super().__init__()
+        self.tags, self.harmful = set(), []
+        self.feed(markup)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.harmful += [f"{tag} {name}={value}" for name, value in attrs if name.startswith("on") or (
+            name in ("href", "src") and not (value or "").startswith("data:text/csv;base64,"))]
+
+
+def markup_of(shown) -> str:
+    views = [shown.status, shown.prompt, shown.memory, shown.history_view, shown.download, *shown.cards.children]
+    return "".join(view.value for view in views) + shown.static_html()
+
+
+def type_and_run(shown, text: str, task: str) -> str:
+    """Fill every field with the text, generate, export; returns all markup. The panel must be usable afterwards."""
+    shown.task.value = task
+    for field in shown.fields.values():
+        field.value = text
+    shown.numbers["max_new_tokens"].value = 2
+    assert shown.run()
+    shown.wait(60)
+    assert shown.state in ("idle", "error")
+    shown.export.click()
+    status = html.unescape(re.sub(r"<[^>]*>", "", shown.status.value))
+    assert "\n" not in status.strip() and not (shown.error and type(shown.error) is not WorkbookError), shown.error
+    return markup_of(shown)
+
+
+SAFE = {"div", "span", "pre", "h3", "h4", "p", "b", "i", "table", "caption", "thead", "tbody", "tr", "th", "td", "ul", "li", "a"}
+TYPED = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\"'><svg/onload=alert(1)>", "</pre></div><iframe src=//x>",
+         "&lt;b&gt;", "javascript:alert(1)", "\x00\x01\x1b[31m\x7f\x9f", "\u202eright to left", "\U0001f600 \u0301\u0301",
+         "{x} {0} %s", "a" * 100_000, "<b>" * 30_000, "word " * 20_000, "\n" * 100_000, "", " ",
+         "CREATE TABLE \"<i>\" (\"<img>\" INTEGER)", "=HYPERLINK(\"x\")", "\ud800"]
+
+
+@pytest.mark.parametrize("text", TYPED, ids=lambda text: repr(text[:20]))
+def test_whatever_is_typed_leaves_a_panel_that_works(shown, text):
+    """Through the real bank and model: a result or a sentence, never markup of the writer's own."""
+    parsed = Tags(type_and_run(shown, text, "sql"))
+    assert parsed.tags <= SAFE and parsed.harmful == []
+    shown.task.value = "detox"
+    shown.fields["toxic"].value = "you fool"
+    assert shown.run()
+    shown.wait(60)
+    assert shown.state == "idle", shown.error
+
+
+PIECES = st.sampled_from(["<", ">", "&", "\"", "'", "script", "img", " onload=", "/", "x", "`", "=", "<!--", "]]>", "&#60;"])
+
+
+@given(text=st.text() | st.lists(PIECES, max_size=12).map("".join))
+def test_what_a_model_writes_is_never_markup(shown, text):
+    """A model that answers with what it was given: every place that shows it escapes it."""
+    from helpers import adapters
+
+    def echo(prompt, name=None, settings=None, on_text=None, stop=None):
+        if on_text:
+            on_text(text)
+        return adapters.Answer(name, prompt, text, 1, 0.0, 0.1, 0.2, False)
+
+    shown.bank.generate = echo
+    try:
+        parsed = Tags(type_and_run(shown, text or "x", "sql"))
+    finally:
+        del shown.bank.generate
+    assert parsed.tags <= SAFE and parsed.harmful == []
