@@ -601,3 +601,24 @@ def test_a_bloom_base_swaps_too(tiny_bloom, tmp_path):
     bank.sync(adapters.discover(str(tiny_bloom), tmp_path, tmp_path / "none").adapters)
     assert bank.generate(PROMPT, "one", SHORT).text == alone(tiny_bloom, tmp_path / "one", PROMPT, 8)
     assert bank.generate(PROMPT, None, SHORT).text == alone(tiny_bloom, None, PROMPT, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------- benchmark
+
+
+def test_the_swap_benchmark_measures_every_way(tiny, tmp_path, capsys):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("swap", Path(__file__).parent / "benchmarks" / "swap.py")
+    swap = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(swap)
+    options = ["--base", str(tiny), "--random", "--rounds", "4", "--tokens", "3", "--batch-rounds", "1"]
+    assert swap.main([*options, "--out", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out) == result and len(result["adapters"]) == 3
+    assert [result["swap"][way]["n"] for way in ("bank_swap", "peft_set_adapter", "peft_disable_adapter")] == [16, 12, 4]
+    for way in result["swap"].values():
+        assert 0 < way["p50_ms"] <= way["p99_ms"] <= way["max_ms"]
+    assert result["swap"]["bank_swap"]["p50_ms"] < result["swap"]["peft_set_adapter"]["p50_ms"]
+    assert result["mixed_batch"]["mixed_over_one"] > 0
+    assert swap.main(["--base", str(tiny), "--rounds", "1"]) == 1 and "say --random" in capsys.readouterr().err
