@@ -271,6 +271,9 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     steps = config.max_steps or max(1, math.ceil(config.epochs * len(dataset) / rows_a_step))
     cuda = torch.cuda.is_available()
     dtype = base_models.best_dtype()
+    # About 100 losses a run; a checkpoint stands where one was logged, or a resumed run would log the mean of fewer steps.
+    most = min(config.checkpoint_steps, max(1, steps // 100))
+    logged = max(n for n in range(1, most + 1) if config.checkpoint_steps % n == 0)
     arguments = SFTConfig(
         output_dir=str(run_dir / "checkpoints"), max_steps=steps, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation, learning_rate=config.learning_rate,
@@ -282,7 +285,7 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         packing=config.packing == "wrapped", packing_strategy="wrapped",
         dataset_kwargs=None if config.packing == "wrapped" else {"skip_prepare_dataset": True}, remove_unused_columns=False,
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
-        logging_steps=max(1, steps // 100), save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
+        logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda,
         dataloader_num_workers=2 if cuda else 0,
         dataloader_persistent_workers=cuda, ddp_find_unused_parameters=False)
