@@ -122,7 +122,8 @@ def test_the_adapter_of_a_4bit_base_trains_in_float32(tiny, tmp_path):
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize(("steps", "checkpoint", "logged"), [(80, 20, 1), (700, 20, 5), (208, 1, 1), (2100, 20, 20), (5000, 7, 7)])
+@pytest.mark.parametrize(("steps", "checkpoint", "logged"), [
+    (80, 20, 1), (700, 20, 5), (208, 1, 1), (2100, 20, 20), (5000, 7, 7)])
 def test_checkpoints_stand_where_a_loss_is_logged(tiny, tmp_path, steps, checkpoint, logged):
     """Otherwise a resumed run would log the mean of fewer steps, and its loss log would not be that of a whole run."""
     chosen = config(tiny, max_steps=steps, checkpoint_steps=checkpoint, precision="full")
