@@ -1,6 +1,7 @@
 """The project holds together: dependency lists agree, imports point one way. Its notebooks: test_notebook_rules.py."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -59,3 +60,23 @@ def test_helpers_import_without_heavy_libraries():
             "print([m for m in ('torch', 'transformers', 'peft', 'trl', 'datasets') if m in sys.modules])")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_ci_runs_the_same_commands_as_a_person():
+    ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in ci["jobs"].items()}
+    for name in ("test", "audit", "canary", "soak"):
+        assert any(command.startswith(f"make {name}") for command in runs[name]), name
+        assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert ci["permissions"] == {"contents": "read"} and set(ci[True]) >= {"push", "pull_request"}  # YAML reads `on` as true
+    assert all(job.get("continue-on-error") is None for job in ci["jobs"].values())
+
+
+def test_hooks_and_container_are_those_that_contributing_describes():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    names = [hook["id"] for repository in hooks for hook in repository["hooks"]]
+    assert "ruff-check" in names and "notebook-rules" in names and not any("nbstripout" in name for name in names)
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert hooks[0]["rev"] == f"v{pins['ruff']}"
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert container["postCreateCommand"] == "make setup"
