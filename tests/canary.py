@@ -9,9 +9,11 @@ version, alone, and what failed is run again: what then passes was broken by tha
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -52,7 +54,7 @@ def run_tests(arguments: list[str]) -> dict[str, str]:
     report = FOLDER / "report.xml"
     report.unlink(missing_ok=True)
     options = ["-q", "--tb=long", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    subprocess.run([PYTHON, "-m", "pytest", *options, *arguments], cwd=ROOT)
+    subprocess.run([PYTHON, "-m", "pytest", *options, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     if not report.exists():
         raise SystemExit("The canary's tests gave no report: see above.")
     return failures(report.read_text(encoding="utf-8"))
@@ -96,7 +98,9 @@ def main(arguments: list[str]) -> int:
     pinned = pins()
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
-    pip("install", "--quiet", "--upgrade", "--upgrade-strategy", "eager", f"torch=={pinned['torch']}", "-e", ".[dev]")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], f"torch=={pinned['torch']}"]
+    pip("install", "--quiet", "--upgrade", "--upgrade-strategy", "eager", *wanted)
     newer = {name: (pinned[name], version) for name, version in installed().items() if name in pinned and version != pinned[name]}
     for name, (old, new) in sorted(newer.items()):
         print(f"newer: {name} {old} -> {new}")
