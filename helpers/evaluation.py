@@ -468,6 +468,7 @@ def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=N
     if task.name == "detox":
         systems["copied"] = {"answers": [row["toxic"] for row in rows]}
         systems["listed words deleted"] = {"answers": [judges.without_listed_words(row["toxic"]) for row in rows]}
+        systems["judge's own words deleted"] = {"answers": [judges.without_judged_words(row["toxic"]) for row in rows]}
         systems["human"] = {"answers": [task.completion(row) for row in rows]}
     for name, system in systems.items():
         system["scores"] = score(task, system["answers"], rows)

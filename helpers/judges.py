@@ -47,13 +47,25 @@ def _encoder():
 
 
 def without_listed_words(text: str) -> str:
-    """The baseline that any detoxifier must beat: drop every word that the classifier finds offensive on its own."""
-    words = text.split()
-    return " ".join(word for word in words if not _listed(word))
+    """The baseline that a detoxifier must beat: drop the words of a published list (better-profanity's, as plain text)."""
+    return " ".join(word for word in text.split() if word.lower().strip(".,;:!?\"'()") not in _listed())
+
+
+@lru_cache(maxsize=1)
+def _listed() -> frozenset[str]:
+    from importlib.resources import files
+
+    text = (files("better_profanity") / "profanity_wordlist.txt").read_text(encoding="utf-8")
+    return frozenset(line.strip().lower() for line in text.splitlines() if line.strip())
+
+
+def without_judged_words(text: str) -> str:
+    """A baseline that cheats: drop every word that the classifier, who will judge the result, finds offensive on its own."""
+    return " ".join(word for word in text.split() if not _judged(word))
 
 
 @lru_cache(maxsize=100_000)
-def _listed(word: str) -> bool:
+def _judged(word: str) -> bool:
     return offensive([word])[0] > 0.5
 
 
