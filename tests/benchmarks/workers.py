@@ -219,7 +219,9 @@ def in_words(command: str, result: dict) -> str:
                            for name, s in result["tokens_per_second"].items())
         e = result["efficiency"]
         return (f"{speeds}. Efficiency {e['median']:.1%} ({e['low']:.1%} to {e['high']:.1%}), median and range of "
-                f"{len(e['values'])} interleaved rounds.")
+                f"{len(e['values'])} interleaved rounds." + (
+                    f" The machine was busy with other work (load average {result['load_before']:.0f}), which also slowed this."
+                    if result["load_before"] > result["cores"] / 2 else ""))
     if command == "losses":
         return (f"The losses of {result['logged']} steps differ by at most {result['largest_difference']:.1e} "
                 f"({result['largest_relative_difference']:.1e} relative).")
