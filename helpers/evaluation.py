@@ -392,9 +392,9 @@ def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]], batch_siz
 
 def check_parameters(parameters: dict) -> None:
     """What the evaluation job checks before a kernel starts. Raises WorkbookError for what cannot be."""
-    from helpers import adapters
+    from helpers import adapters, base_models
 
-    info = adapters.read_adapter(parameters["adapter"])
+    info = adapters.read_adapter(parameters["adapter"], parameters.get("base_model") or base_models.EMBEDDED)
     if not (parameters.get("task") or info.task):
         raise WorkbookError(f"The adapter {info.name} does not say what task it is for: give one with -p task=sql.")
     get_task(parameters.get("task") or info.task)
