@@ -56,7 +56,7 @@ def test_imports_point_one_way():
 
 def test_helpers_import_without_heavy_libraries():
     code = ("import sys, helpers.jobs, helpers.tasks, helpers.data, helpers.fine_tuning, helpers.base_models; "
-            "import helpers.evaluation\n"
+            "import helpers.evaluation, helpers.adapters, helpers.panel\n"
             "print([m for m in ('torch', 'transformers', 'peft', 'trl', 'datasets') if m in sys.modules])")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
