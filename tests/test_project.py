@@ -35,7 +35,7 @@ def test_conda_installs_the_same_project():
 
 
 def test_every_dependency_has_its_reason():
-    lines = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if re.match(r'\s+"[\w-]+>=', line)]
+    lines = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if re.match(r'\s+"[\w-]+[>=]=', line)]
     assert len(lines) == len(project()["dependencies"]) + len(project()["optional-dependencies"]["dev"])
     assert all("#" in line for line in lines)
 
