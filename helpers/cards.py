@@ -28,8 +28,9 @@ def write_json(path: Path, content) -> None:
 
 def write(folder: Path, record: dict) -> None:
     """metrics.json and the card made from it."""
+    card = model_card(record)  # before anything is written: a record that makes no card changes nothing
     write_json(Path(folder) / METRICS, record)
-    write_text(Path(folder) / CARD, model_card(record))
+    write_text(Path(folder) / CARD, card)
 
 
 def update(folder: Path, **changes) -> dict:
