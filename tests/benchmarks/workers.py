@@ -85,7 +85,7 @@ def load(shape: str):
     from helpers import base_models
 
     if shape == "embedded":
-        return base_models.load()[0].train()
+        return base_models.load(dtype=torch.float32)[0].train()  # float32 weights; on a GPU autocast computes in bfloat16
     from transformers import AutoModelForCausalLM, BloomConfig
 
     config = BloomConfig(n_layer=24, hidden_size=1536, n_head=16, vocab_size=250_880)
