@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 LESSONS := $(sort $(wildcard notebooks/0*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
 EXECUTE := $(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
 
-.PHONY: setup run test lint unit notebooks-test exercises lab app browser images notebooks needs lock audit canary soak clean
+.PHONY: setup run test lint unit notebooks-test exercises lab app browser images notebooks needs lock bench audit canary soak clean
 
 setup: $(READY)
 
@@ -90,6 +90,12 @@ canary: setup
 # Long runs: 1,000 swaps and generations; 50 kill-and-resume cycles.
 soak: setup
 	$(PY) tests/soak.py $(ARGS)
+
+# Benchmarks, each interleaved in one run, on a machine that does nothing else; JSON goes to runs/.
+bench: setup
+	@mkdir -p runs
+	$(PY) tests/benchmarks/training.py --json runs/bench-training.json
+	$(PY) tests/benchmarks/swap.py --out runs/bench-swap.json
 
 clean:
 	rm -rf $(VENV) $(VENV)-audit $(VENV)-canary .pytest_cache .ruff_cache .hypothesis
