@@ -44,7 +44,7 @@ class Picture:
 
 
 def finish(figure, name: str, alt: str) -> Picture:
-    """Save a matplotlib figure to images/<name>.png, close it, and return it for display with its alt text.
+    """Save a matplotlib figure to images/<name>.png (a job: to its run folder), close it, and return it for display with its alt text.
 
     alt: what a reader who cannot see the figure is told; no measured digits that differ from run to run.
     """
@@ -54,8 +54,10 @@ def finish(figure, name: str, alt: str) -> Picture:
     # No software version in the file: the same figure is the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None, "Description": alt})
     plt.close(figure)
-    IMAGES.mkdir(exist_ok=True)
-    temporary = IMAGES / f".{name}.{os.getpid()}.tmp"
+    # A job's figures go to its own run folder: images/ holds those of the committed notebooks.
+    folder = Path(os.environ["WORKBOOK_RUN_DIR"]) / "images" if os.environ.get("WORKBOOK_RUN_DIR") else IMAGES
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
     temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, IMAGES / f"{name}.png")
+    os.replace(temporary, folder / f"{name}.png")
     return Picture(buffer.getvalue(), alt)
