@@ -44,7 +44,7 @@ class Picture:
 
 
 def finish(figure, name: str, alt: str) -> Picture:
-    """Save a matplotlib figure to images/<name>.png (a job: to its run folder), close it, and return it for display with its alt text.
+    """Save a figure to images/<name>.png (a job: to its run folder), close it, and return it for display with its alt text.
 
     alt: what a reader who cannot see the figure is told; no measured digits that differ from run to run.
     """

@@ -130,6 +130,7 @@ def test_the_evaluation_job_judges_an_adapter_and_keeps_its_card(adapted, tiny, 
     record = json.loads((adapted[0] / "metrics.json").read_text())
     assert json.loads((run / "metrics.json").read_text())["evaluation"] == record["evaluation"]
     assert record["evaluation"]["rows"] == 4 and "joint" in record["evaluation"]["adapter"] and len(record["examples"]) == 4
+    assert (run / "images" / "05-systems.png").exists(), "a job's figure belongs to its run, not to images/"
     assert (adapted[0] / "README.md").read_text().count("**Prompt**") == 4
 
 
