@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,9 @@ def given(notebook: str, tiny: Path, folder: Path) -> dict:
     raise AssertionError(f"{notebook} has parameters: say here which it is to be run with as a batch")
 
 
-NOTEBOOKS = [path for path in sorted((ROOT / "notebooks").glob("0*.ipynb")) if jobs.read_parameters(path)]
+OTHER_TESTS = {"05_evaluate.ipynb": "test_judges.py"}  # run as a batch with other parameters there
+NOTEBOOKS = [path for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))
+             if jobs.read_parameters(path) and path.name not in OTHER_TESTS]
 JOB = {job.notebook.name: job for job in jobs.load_jobs().values()}
 
 
@@ -48,6 +51,12 @@ def test_every_notebook_with_parameters_is_a_job_and_is_tried_with_others(path, 
     fixed = JOB[path.name].parameters
     assert not [name for name, value in values.items() if value == declared[name].default and name not in fixed]
     assert not set(values) & set(ELSEWHERE.get(path.name, {}))
+
+
+def test_what_is_left_to_other_tests_is_there():
+    for notebook, file in OTHER_TESTS.items():
+        job = next((job for job in jobs.load_jobs().values() if job.notebook.name == notebook), None)
+        assert job is None or re.search(rf'jobs\("{job.name}".*"-p"', (ROOT / "tests" / file).read_text())
 
 
 def start(job: str, values: dict, folder: Path, *more: str) -> subprocess.Popen:
