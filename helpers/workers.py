@@ -551,14 +551,18 @@ def _watch(address: str, port: int, rank: int, world: int, done: threading.Event
     # Beside this thread, as a store whose network is cut can keep its caller for ever.
     beat = threading.Thread(target=_beat, args=(address, port, rank, world, done, seen), daemon=True)
     beat.start()
+    woke, patience = time.monotonic(), PATIENCE
     while not done.wait(BEAT / 2):
         now, again = time.monotonic(), "resume the run to go on from its last checkpoint"
+        # On a machine so busy that this thread itself comes late, the others' silence means little for as long.
+        patience = max(PATIENCE, patience - BEAT / 4) + max(0.0, now - woke - BEAT)
+        woke = now
         if os.getppid() != launcher:
             _leave("the launcher of this worker is gone")
-        if now - seen["contact"] > PATIENCE:
+        if now - seen["contact"] > patience:
             _leave(f"it lost touch with rank 0 at {address}:{port} for {PATIENCE:.0f} s; {again}")
         for other, (when, host) in seen["others"].items():
-            if now - when > PATIENCE:
+            if now - when > patience:
                 _leave(f"nothing has been heard of rank {other} on {host} for {PATIENCE:.0f} s: its process, its host or the "
                        f"network is down; {again}")
     beat.join(timeout=5)  # a thread that is in torch's code when Python ends would abort the process
