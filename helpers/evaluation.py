@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import random
 import re
@@ -19,6 +20,8 @@ from functools import lru_cache
 
 from helpers import WorkbookError, judges
 from helpers.tasks import Task, get_task
+
+logging.getLogger("sqlglot").setLevel(logging.ERROR)  # that a model's text is no query is a score, not a warning
 
 # ------------------------------------------------------------------------------------------------------- generation
 
