@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny base model in a local folder in the hub's form, made from a config with random weights."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Started in the background or by nohup, this session would ignore these signals, and so would every job that a test starts:
+# jobs honour what their caller ignores, and the tests that stop them could not.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def make_tiny(folder: Path, architecture: str = "llama") -> Path:

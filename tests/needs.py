@@ -53,11 +53,15 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self):
+        own = self._me.cmdline()
         while not self._done.wait(INTERVAL):
             total = 0
             for child in self._me.children(recursive=True):
                 try:
-                    total += child.memory_info().rss
+                    resident = child.memory_info().rss
+                    # A child that is forked and has not become its own program yet shows its parent's memory: not the notebook's.
+                    if child.cmdline() != own:
+                        total += resident
                 except self._gone:  # it ended between the list and the look
                     continue
             self.bytes = max(self.bytes, total)
