@@ -45,6 +45,17 @@ def tiny_bloom(tmp_path_factory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("models") / "tiny-bloom", "bloom")
 
 
+@pytest.fixture(scope="session")
+def shelf(tiny, tmp_path_factory) -> Path:
+    """A folder of three adapters of the tiny base, with the shipped adapters' names."""
+    from test_adapters import make_adapter
+
+    root = tmp_path_factory.mktemp("shelf")
+    for seed, name in enumerate(("instruct", "sql", "detox")):
+        make_adapter(tiny, root / name, seed)
+    return root
+
+
 @pytest.fixture
 def jobs(tmp_path):
     """Run `python -m helpers.jobs …` as a user would, with its own runs and adapters folders."""

@@ -10,6 +10,7 @@ before a notebook started, and the table says so when it was more than a few.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -22,10 +23,13 @@ import time
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-NEEDS, README = ROOT / "notebooks" / "needs.json", ROOT / "README.md"
-BEGIN, END = "<!-- needs:begin -->", "<!-- needs:end -->"
+import readme
+
+from helpers import cards
+
+ROOT = readme.ROOT
+NEEDS, README = ROOT / "notebooks" / "needs.json", readme.README
+BEGIN, END = readme.markers("needs")
 COPIED = ("notebooks", "helpers", "adapters", "tests", "pyproject.toml", "README.md", "Makefile")
 INTERVAL = 0.2  # seconds between two looks at the memory
 QUIET = 10  # percent of all cores: with more than that, the minutes are marked
@@ -43,24 +47,35 @@ def code_of(notebook) -> str:
 
 
 class PeakMemory:
-    """Watches this process's children: the largest sum of their resident memory, in bytes (shared pages count each time)."""
+    """Watches the children that this process starts from now on, and theirs: the largest sum of their resident memory, in bytes.
+
+    Pages that several share count each time.
+    """
 
     def __init__(self):
         import psutil
 
         self.bytes, self._gone, self._me = 0, psutil.Error, psutil.Process()
+        self._others = set(self._me.children())
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _started(self) -> list:
+        """The processes that were started since, and theirs."""
+        started = set(self._me.children()) - self._others
+        with contextlib.suppress(self._gone):  # it ended between the list and the look: the next look finds the others
+            return [*started, *(process for child in started for process in child.children(recursive=True))]
+        return []
 
     def _watch(self):
         own = self._me.cmdline()
         while not self._done.wait(INTERVAL):
             total = 0
-            for child in self._me.children(recursive=True):
+            for process in self._started():
                 try:
-                    resident = child.memory_info().rss
-                    # A child that is forked and has not become its own program yet shows its parent's memory: not the notebook's.
-                    if child.cmdline() != own:
+                    resident = process.memory_info().rss
+                    # Forked and not its own program yet, a child shows its parent's memory: not the notebook's.
+                    if process.cmdline() != own:
                         total += resident
                 except self._gone:  # it ended between the list and the look
                     continue
@@ -134,15 +149,7 @@ def table() -> str:
 
 def write_readme() -> None:
     """Put the table between README's markers."""
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    replace(README, f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
-
-
-def replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    readme.put("needs", table(), README)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"failed: {str(error).strip().splitlines()[-1]}")
             continue
         known = json.loads(NEEDS.read_text()) if NEEDS.exists() else {}
-        replace(NEEDS, json.dumps(known | {path.stem: found}, indent=1, sort_keys=True) + "\n")
+        cards.write_text(NEEDS, json.dumps(known | {path.stem: found}, indent=1, sort_keys=True) + "\n")
         print(f"{found['seconds']:.0f} s, {found['peak_bytes'] / 1e9:.1f} GB (other programs took {found['busy']}%)")
     write_readme()
     return 1 if failed else 0

@@ -19,7 +19,6 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from test_adapters import make_adapter
 
 from helpers import adapters, tasks
 
@@ -55,14 +54,6 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="session")
-def shelf(tiny, tmp_path_factory):
-    root = tmp_path_factory.mktemp("browser-shelf")
-    for seed, name in enumerate(("instruct", "sql", "detox")):
-        make_adapter(tiny, root / name, seed)
-    return root
 
 
 def free_port() -> int:
@@ -211,9 +202,14 @@ def open_lab(browser, server) -> Page:
     shown = Page(browser.new_page(viewport={"width": 1280, "height": 1100}), server)
     shown.page.goto(f"http://127.0.0.1:{server.port}/lab/tree/panel-{server.opened}.ipynb?reset&token={TOKEN}")
     shown.page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
-    shown.page.wait_for_function("() => document.querySelector('.jp-NotebookPanel-toolbar')?.innerText.includes('Python 3')")
+    # The toolbar names the kernel before there is one, and a cell that is run then is dropped without a word.
+    shown.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
     shown.page.keyboard.press("Control+Enter")
-    shown.page.locator(".lora-panel").wait_for()
+    try:
+        shown.page.locator(".lora-panel").wait_for()
+    except Exception as error:
+        cell = shown.page.locator(".jp-Notebook").inner_text()
+        raise AssertionError(f"no panel; the notebook shows:\n{cell[-2000:]}\n{server.log.read_text()[-2000:]}") from error
     shown.wait("idle")
     return shown
 

@@ -1,6 +1,9 @@
 """`make needs` measures what a notebook really takes, leaves the project alone, and says which figures are out of date."""
 
 import json
+import subprocess
+import sys
+import time
 
 import nbformat
 import needs
@@ -26,6 +29,27 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(needs, "machine", lambda: "a test machine")
     monkeypatch.setenv("CUSTOM_LORA_ADAPTERS_DIR", "")  # given back at the end: `measure` sets it
     return root
+
+
+HOLD = [sys.executable, "-c", "a = bytearray(b'x') * {}; print(flush=True); input()"]
+
+
+def holding(size: int) -> subprocess.Popen:
+    """A process that holds that many bytes until its standard input ends."""
+    process = subprocess.Popen([part.replace("{}", str(size)) for part in HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_only_what_was_started_since_is_counted():
+    """A browser or a server that runs beside it is not the notebook's."""
+    before = holding(600_000_000)
+    with needs.PeakMemory() as memory:
+        since = holding(200_000_000)
+        time.sleep(3 * needs.INTERVAL)
+    for process in (before, since):
+        process.communicate(b"\n", timeout=60)
+    assert 200e6 < memory.bytes < 500e6
 
 
 def test_it_measures_children_and_leaves_the_project_alone(project, capsys):

@@ -8,19 +8,11 @@ import threading
 import time
 
 import pytest
-from test_adapters import edit, make_adapter
+from test_adapters import edit
 
 from helpers import WorkbookError, adapters, panel, tasks
 
 TABLE = "CREATE TABLE employees (name VARCHAR, salary INTEGER)"
-
-
-@pytest.fixture(scope="session")
-def shelf(tiny, tmp_path_factory):
-    root = tmp_path_factory.mktemp("panel-shelf")
-    for seed, name in enumerate(("instruct", "sql", "detox")):
-        make_adapter(tiny, root / name, seed)
-    return root
 
 
 @pytest.fixture(scope="session")
