@@ -5,8 +5,23 @@ Heavy libraries (torch, transformers, ...) are imported inside the functions tha
 ``import helpers.jobs`` or ``helpers.tasks`` answers at once.
 """
 
+import re
+
 __version__ = "0.1.0"
 
 
 class WorkbookError(Exception):
     """Something a person can mend. Its message is one sentence: what is wrong, with which thing, and what to do."""
+
+
+def check_numbers(settings, bounds: tuple[tuple[str, float, float], ...]) -> None:
+    """Raise WorkbookError for the first attribute of `settings` that is no number from low to high (name, low, high)."""
+    for name, low, high in bounds:
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise WorkbookError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}.")
+
+
+def is_text(value: str) -> bool:
+    """False for what a str can hold and others cannot: NUL ends a text for SQLite, half a surrogate pair has no UTF-8."""
+    return re.search("[\0\ud800-\udfff]", value) is None

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from helpers import WorkbookError, base_models
+from helpers import WorkbookError, base_models, check_numbers
 from helpers.base_models import EMBEDDED, custom_adapters_dir
 
 PREBUILT = Path(__file__).resolve().parent.parent / "adapters" / "prebuilt"
@@ -350,11 +350,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise WorkbookError that names the first setting which is out of range."""
-        for name, low, high in (("max_new_tokens", 1, 4096), ("temperature", 0.01, 10), ("top_p", 0.01, 1), ("top_k", 0, 10_000),
-                                ("beams", 1, 16), ("repetition_penalty", 0.5, 5), ("seed", 0, 2**32 - 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise WorkbookError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}.")
+        check_numbers(self, (("max_new_tokens", 1, 4096), ("temperature", 0.01, 10), ("top_p", 0.01, 1), ("top_k", 0, 10_000),
+                             ("beams", 1, 16), ("repetition_penalty", 0.5, 5), ("seed", 0, 2**32 - 1)))
 
     def options(self) -> dict:
         """The same as arguments of transformers' generate. All are given, so that no model's own defaults leak in."""

@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import WorkbookError
+from helpers import WorkbookError, is_text
 from helpers.tasks import Task, get_task
 
 SPLITS = ("train", "validation")
@@ -140,8 +140,7 @@ def _checked_row(task: Task, line: str, where: str) -> dict[str, str]:
                                 f"{', '.join(map(repr, sorted(row)[:8])) or 'none'}.")
         if not isinstance(row[name], str):
             raise WorkbookError(f"{where}: the field {name!r} is a {type(row[name]).__name__}: it must be text.")
-        # A NUL ends a text for SQLite; half a surrogate pair (JSON can spell one) is no text for a tokenizer.
-        if "\0" in row[name] or re.search("[\ud800-\udfff]", row[name]):
+        if not is_text(row[name]):  # JSON can spell both
             raise WorkbookError(f"{where}: the field {name!r} holds a character that is no text (NUL or half a surrogate pair): "
                                 "remove it.")
         if not row[name].strip() and name not in task.optional:
@@ -213,3 +212,24 @@ def encode_rows(tokenizer, task: Task, rows: list[dict[str, str]], max_length: i
         raise WorkbookError(f"All {len(rows)} rows are longer than max_length={max_length} tokens (the shortest has "
                             f"{shortest}): raise max_length or shorten the rows.")
     return encoded, len(rows) - len(encoded)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of token ids to a batch: padded on the right to the longest row, labels -100 on the padding."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict]) -> dict:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        batch = {"input_ids": torch.full((len(rows), width), self.pad_token_id),
+                 "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+                 "labels": torch.full((len(rows), width), -100)}
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            batch["input_ids"][i, :length] = torch.tensor(row["input_ids"])
+            batch["labels"][i, :length] = torch.tensor(row["labels"])
+            batch["attention_mask"][i, :length] = 1
+        return batch

@@ -385,9 +385,14 @@ def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]], batch_siz
     seconds = time.perf_counter() - start
     answers = [task.answer(text) for text in texts]
     scores = score(task, answers, rows)
-    metrics = {name: bootstrap([row[name] for row in scores], seed) for name in scores[0]}
     new_tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return {"metrics": metrics, "answers": answers, "scores": scores, "seconds": seconds, "new_tokens": new_tokens}
+    return {"metrics": summarise(scores, seed), "answers": answers, "scores": scores, "seconds": seconds,
+            "new_tokens": new_tokens}
+
+
+def summarise(scores: list[dict[str, float]], seed: int = 0) -> dict[str, Estimate]:
+    """Each metric's mean over the rows, with its interval."""
+    return {name: bootstrap([row[name] for row in scores], seed) for name in scores[0]}
 
 
 # ---------------------------------------------------------------------------------------------- systems side by side
@@ -412,24 +417,18 @@ def token_losses(model, tokenizer, prompts: list[str], completions: list[str], b
     """Mean cross-entropy (nats) per token of each completion and its end-of-text token, given its prompt."""
     import torch
 
-    from helpers.data import encode
+    from helpers.data import Collator, encode
 
     batch_size = batch_size or (128 if model.device.type == "cuda" else 16)
     rows = [encode(tokenizer, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    losses = [0.0] * len(rows)
+    losses, collate = [0.0] * len(rows), Collator(tokenizer.pad_token_id)
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
-        width = max(len(rows[i]["input_ids"]) for i in chosen)
-        ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for place, i in enumerate(chosen):
-            length = len(rows[i]["input_ids"])
-            ids[place, :length], mask[place, :length] = torch.tensor(rows[i]["input_ids"]), 1
-            labels[place, :length] = torch.tensor(rows[i]["labels"])
+        batch = {name: tensor.to(model.device) for name, tensor in collate([rows[i] for i in chosen]).items()}
+        targets = batch.pop("labels")[:, 1:]
         with torch.inference_mode():
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, :-1]
-        targets = labels[:, 1:].to(model.device)
+            logits = model(**batch).logits[:, :-1]
         each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none", ignore_index=-100)
         means = each.sum(dim=1) / (targets != -100).sum(dim=1)
         for place, i in enumerate(chosen):
@@ -449,42 +448,61 @@ def chat_answer(task: Task, text: str) -> str:
     return task.answer(" ".join(block[1].split()) if block and task.stop else text)
 
 
-def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=None, seed: int = 0) -> dict[str, dict]:
+CHAT = "base, own chat template"
+
+
+def _as(model, system: str):
+    """The peft model as that system, for a with block: its active adapter acts in "adapter" alone."""
+    return contextlib.nullcontext() if system == "adapter" else model.disable_adapter()
+
+
+def _generate_as(task: Task, model, tokenizer, prompts: dict[str, list[str]], progress) -> dict[str, list[str]]:
+    """What each system writes after its prompts."""
+    texts = {}
+    for system, asked in prompts.items():
+        # Each stops where it will be used: a chat at the end-of-text token, a prompt of the task at the task's stop text.
+        with _as(model, system):
+            texts[system] = generate(model, tokenizer, asked, task.max_new_tokens, None, None if system == CHAT else task.stop,
+                                     progress and functools.partial(progress, system))
+    return texts
+
+
+def _prompts_of(tokenizer, prompts: list[str], messages: list[str]) -> dict[str, list[str]]:
+    """The prompts of base and adapter, and of the base model's chat where its tokenizer has a template."""
+    chat = {CHAT: chat_prompts(tokenizer, messages)} if tokenizer.chat_template else {}
+    return {"base": prompts, **chat, "adapter": prompts}
+
+
+def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=None, seed: int = 0,
+            only: tuple[str, ...] = ()) -> dict[str, dict]:
     """Every system on the same rows: the base model under the task's prompt and in its own chat, baselines, the adapter.
 
     model: a peft model (its active adapter is the one judged). progress: called with (system, prompts done).
+    only: of the systems that generate, those named (default: all).
     Returns for every system ``{"answers": [...], "scores": [{metric: number}, ...], "metrics": {metric: Estimate}}``.
     """
-    ways = {"base": ([task.prompt(row) for row in rows], task.answer)}
-    if tokenizer.chat_template:
-        ways["base, own chat template"] = (chat_prompts(tokenizer, [task.chat(row) for row in rows]),
-                                           lambda text: chat_answer(task, text))
-    ways["adapter"] = (ways["base"][0], task.answer)
-    systems = {}
-    for name, (prompts, read) in ways.items():
-        # Each stands where it will be used: a chat stops at the end-of-text token, a prompt of the task at its stop text.
-        stop = None if "chat" in name else task.stop
-        with contextlib.nullcontext() if name == "adapter" else model.disable_adapter():
-            texts = generate(model, tokenizer, prompts, task.max_new_tokens, None, stop,
-                             progress and functools.partial(progress, name))
-        systems[name] = {"answers": [read(text) for text in texts]}
+    prompts = _prompts_of(tokenizer, [task.prompt(row) for row in rows], [task.chat(row) for row in rows])
+    prompts = {system: asked for system, asked in prompts.items() if not only or system in only}
+    systems = {system: {"answers": [chat_answer(task, text) if system == CHAT else task.answer(text) for text in texts]}
+               for system, texts in _generate_as(task, model, tokenizer, prompts, progress).items()}
+    references = [task.completion(row) for row in rows]
     if task.name == "detox":
-        systems["copied"] = {"answers": [row["toxic"] for row in rows]}
-        systems["listed words deleted"] = {"answers": [judges.without_listed_words(row["toxic"]) for row in rows]}
-        systems["judge's own words deleted"] = {"answers": [judges.without_judged_words(row["toxic"]) for row in rows]}
-        systems["human"] = {"answers": [task.completion(row) for row in rows]}
+        toxic = [row["toxic"] for row in rows]
+        systems["copied"] = {"answers": toxic}
+        systems["listed words deleted"] = {"answers": [judges.without_listed_words(text) for text in toxic]}
+        systems["judge's own words deleted"] = {"answers": [judges.without_judged_words(text) for text in toxic]}
+        systems["human"] = {"answers": references}
     for name, system in systems.items():
         system["scores"] = score(task, system["answers"], rows)
         if task.name == "instruct":
-            with contextlib.nullcontext() if name == "adapter" else model.disable_adapter():
-                for scores, loss in zip(system["scores"], token_losses(model, tokenizer, ways[name][0],
-                                                                       [task.completion(row) for row in rows]), strict=True):
-                    scores["loss"] = loss
+            with _as(model, name):
+                losses = token_losses(model, tokenizer, prompts[name], references)
+            for scores, loss in zip(system["scores"], losses, strict=True):
+                scores["loss"] = loss
     if task.name == "detox":
         _add_detox_scores(systems, model, tokenizer, rows)
     for system in systems.values():
-        names = system["scores"][0]
-        system["metrics"] = {name: bootstrap([scores[name] for scores in system["scores"]], seed) for name in names}
+        system["metrics"] = summarise(system["scores"], seed)
     return systems
 
 
@@ -515,21 +533,15 @@ def _add_detox_scores(systems: dict, model, tokenizer, rows: list[dict[str, str]
 def verifiable(task: Task, model, tokenizer, every: int = 1, progress=None, seed: int = 0) -> dict[str, dict]:
     """Base, base in its own chat, and adapter on instructions that a program can check, as `compare` returns them."""
     asked = judges.verifiable_instructions()[::every]
-    prompts = [task.prompt({"instruction": one.instruction, "input": ""}) for one in asked]
-    ways = {"base": prompts, "adapter": prompts}
-    if tokenizer.chat_template:
-        ways["base, own chat template"] = chat_prompts(tokenizer, [one.instruction for one in asked])
+    rows = [{"instruction": one.instruction, "input": ""} for one in asked]
+    prompts = _prompts_of(tokenizer, [task.prompt(row) for row in rows], [task.chat(row) for row in rows])
     systems = {}
-    for name, texts in ways.items():
-        with contextlib.nullcontext() if name == "adapter" else model.disable_adapter():
-            answers = generate(model, tokenizer, texts, task.max_new_tokens, None, None,
-                               progress and functools.partial(progress, name))
+    for name, answers in _generate_as(task, model, tokenizer, prompts, progress).items():
         passed = [float(one.passes(answer)) for one, answer in zip(asked, answers, strict=True)]
+        kinds = {kind: [value for value, one in zip(passed, asked, strict=True) if one.kind == kind]
+                 for kind in dict.fromkeys(one.kind for one in asked)}
         systems[name] = {"answers": answers, "scores": [{"passed": value} for value in passed],
-                         "metrics": {"passed": bootstrap(passed, seed)}}
-        for kind in dict.fromkeys(one.kind for one in asked):
-            of_kind = [p for p, one in zip(passed, asked, strict=True) if one.kind == kind]
-            systems[name]["metrics"][kind] = bootstrap(of_kind, seed)
+                         "metrics": {metric: bootstrap(values, seed) for metric, values in {"passed": passed, **kinds}.items()}}
     return systems
 
 

@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import WorkbookError, base_models, cards, data, tasks
-from helpers.base_models import custom_adapters_dir  # noqa: F401 (notebooks say fine_tuning.custom_adapters_dir)
+from helpers import WorkbookError, base_models, cards, check_numbers, data, tasks
+from helpers.data import Collator
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,7 +98,7 @@ class FineTuneConfig:
             raise WorkbookError(f"preset {name!r} is unknown: use one of {', '.join(PRESETS)}.")
         preset = {**PRESETS[name], **(REFERENCE_TASKS.get(task.name, {}) if name == "reference" else {})}
         given = {key: value for key, value in parameters.items()
-                 if value not in (0, "", None) or key in ("seed", "gradient_checkpointing", "compile") or isinstance(value, bool)}
+                 if value not in (0, "", None) or key == "seed" or isinstance(value, bool)}
         if given.get("dropout", 0) == -1.0:
             del given["dropout"]
         config = cls(**{**preset, **given, "preset": name})
@@ -109,13 +109,10 @@ class FineTuneConfig:
         """Raise WorkbookError for the first value that cannot work; nothing is loaded or created."""
         tasks.get_task(self.task)
         base_models.resolve(self.base_model)
-        for name, low, high in (("rank", 1, 1024), ("alpha", 1, 4096), ("batch_size", 1, 65536), ("max_length", 8, 131072),
-                                ("gradient_accumulation", 1, 65536), ("checkpoint_steps", 1, 10**9), ("seed", 0, 2**32 - 1),
-                                ("dropout", 0.0, 0.9), ("learning_rate", 1e-8, 1.0), ("epochs", 1e-6, 10_000),
-                                ("data_fraction", 1e-9, 1.0), ("max_steps", 0, 10**9)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise WorkbookError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}.")
+        check_numbers(self, (("rank", 1, 1024), ("alpha", 1, 4096), ("batch_size", 1, 65536), ("max_length", 8, 131072),
+                             ("gradient_accumulation", 1, 65536), ("checkpoint_steps", 1, 10**9), ("seed", 0, 2**32 - 1),
+                             ("dropout", 0.0, 0.9), ("learning_rate", 1e-8, 1.0), ("epochs", 1e-6, 10_000),
+                             ("data_fraction", 1e-9, 1.0), ("max_steps", 0, 10**9)))
         if self.max_rows < 1 and self.max_rows != -1:
             raise WorkbookError(f"max_rows is {self.max_rows}: it must be at least 1, or -1 for all rows.")
         for name, allowed in (("precision", ("4bit", "full")), ("schedule", ("cosine", "constant", "linear")),
@@ -269,7 +266,7 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         _refuse_mixed_documents(model, config.base_model)
         dataset = pack_documents(dataset, config.max_length)
     steps = config.max_steps or max(1, math.ceil(config.epochs * len(dataset) / rows_a_step))
-    cuda = torch.cuda.is_available()
+    cuda, wrapped = torch.cuda.is_available(), config.packing == "wrapped"
     dtype = base_models.best_dtype()
     # About 100 losses a run; a checkpoint stands where one was logged, or a resumed run would log the mean of fewer steps.
     most = min(config.checkpoint_steps, max(1, steps // 100))
@@ -282,16 +279,15 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         max_grad_norm=1.0, seed=config.seed, data_seed=config.seed,
         bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
         gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length,
-        packing=config.packing == "wrapped", packing_strategy="wrapped",
-        dataset_kwargs=None if config.packing == "wrapped" else {"skip_prepare_dataset": True}, remove_unused_columns=False,
+        packing=wrapped, packing_strategy="wrapped", dataset_kwargs=None if wrapped else {"skip_prepare_dataset": True},
+        remove_unused_columns=False,
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda,
-        dataloader_num_workers=2 if cuda else 0,
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, dataloader_num_workers=2 if cuda else 0,
         dataloader_persistent_workers=cuda, ddp_find_unused_parameters=False)
-    collators = {"none": Collator(tokenizer.pad_token_id),
-                 "documents": PackedCollator(tokenizer.pad_token_id, config.max_length)}
-    extra = {} if config.packing == "wrapped" else {"data_collator": collators[config.packing]}
+    packed = config.packing == "documents"
+    collator = PackedCollator(tokenizer.pad_token_id, config.max_length) if packed else Collator(tokenizer.pad_token_id)
+    extra = {} if wrapped else {"data_collator": collator}
     trainer = _trainer_class()(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, **extra)
     # TRL 1.16 turns the adapter of a 4-bit base into bfloat16. Steps smaller than its 8 bits of mantissa are then lost, CPUs
     # without AMX slow down, and a resumed run (whose weights load as float32) takes another path. So: float32 throughout.
@@ -363,27 +359,6 @@ class PackedCollator:
             positions[i] = torch.cat([torch.arange(n) for n in lengths])
             document[i] = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         return {"input_ids": ids, "labels": labels, "position_ids": positions, "document": document}
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Rows of token ids to a batch: padded on the right to the longest row, labels -100 on the padding."""
-
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict]) -> dict:
-        import torch
-
-        width = max(len(row["input_ids"]) for row in rows)
-        batch = {"input_ids": torch.full((len(rows), width), self.pad_token_id),
-                 "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
-                 "labels": torch.full((len(rows), width), -100)}
-        for i, row in enumerate(rows):
-            length = len(row["input_ids"])
-            batch["input_ids"][i, :length] = torch.tensor(row["input_ids"])
-            batch["labels"][i, :length] = torch.tensor(row["labels"])
-            batch["attention_mask"][i, :length] = 1
-        return batch
 
 
 class LengthSampler:

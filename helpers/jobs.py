@@ -36,7 +36,7 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 
-from helpers import WorkbookError
+from helpers import WorkbookError, is_text
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("list", "run", "status")
@@ -159,7 +159,7 @@ def convert(parameter: Parameter, value: object) -> object:
     if parameter.optional and (value is None or value in ("none", "None", "null")):
         return None
     with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):  # what does not convert is refused below
-        if isinstance(value, str) and "\0" in value.encode().decode():  # ValueError: not even text
+        if isinstance(value, str) and not is_text(value):
             raise ValueError
         if kind in (int, float) and isinstance(value, str) or kind is float and type(value) is int:
             value = kind(value)
