@@ -418,6 +418,10 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
         raise WorkbookError(f"precision={precision!r} needs a package that is missing ({error}): run `make setup`.") from error
     finally:
         logging.enable_progress_bar()
+    if model.config.model_type == "bloom":
+        from helpers.bloom import use_fused_attention
+
+        use_fused_attention(model)
     return model.eval(), load_tokenizer(name)
 
 

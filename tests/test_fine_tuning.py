@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny
 from datasets import Dataset
 
 from helpers import WorkbookError, base_models, data, fine_tuning, tasks
@@ -60,9 +61,10 @@ def test_the_loss_equals_the_models_own(architecture, request):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_packed_documents_train_like_rows_of_their_own(tiny, compiled):
+@pytest.mark.parametrize("architecture", ["tiny", "tiny_bloom"])
+def test_packed_documents_train_like_rows_of_their_own(architecture, compiled, request):
     """One packed batch has the loss and the gradients of the same rows padded: documents do not see each other."""
-    model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
+    model, tokenizer = base_models.load(str(request.getfixturevalue(architecture)), dtype=torch.float32, device="cpu")
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
     packed = fine_tuning.pack_documents(Dataset.from_list(encoded), 512)
     assert len(packed) < 12 and max(map(len, packed["seq_lengths"])) > 1
@@ -82,9 +84,10 @@ def test_packed_documents_train_like_rows_of_their_own(tiny, compiled):
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-3)
 
 
-def test_a_model_without_positions_is_not_packed(tiny_bloom, tmp_path):
-    with pytest.raises(WorkbookError, match="packing='documents' cannot be used with .*tiny-bloom"):
-        fine_tuning.fine_tune(config(tiny_bloom, packing="documents"), tmp_path)
+def test_a_model_without_positions_is_not_packed(tmp_path):
+    base = make_tiny(tmp_path / "tiny-mpt", "mpt")
+    with pytest.raises(WorkbookError, match="packing='documents' cannot be used with .*tiny-mpt"):
+        fine_tuning.fine_tune(config(base, packing="documents"), tmp_path / "run")
 
 
 def test_accumulated_batches_train_like_one_large_batch(tiny, tmp_path):

@@ -1,0 +1,96 @@
+"""BLOOM's fused attention computes what transformers' step-by-step attention computes, and masks that it cannot take."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from helpers import base_models, bloom
+
+ROWS, LENGTH = 3, 40
+IDS = torch.randint(3, 500, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+PLACES = torch.arange(LENGTH)
+MASKS = {"none": None, "all": torch.ones(ROWS, LENGTH, dtype=torch.long),
+         "padded right": (PLACES < torch.tensor([[40], [30], [7]])).long(),
+         "padded left": (PLACES >= torch.tensor([[0], [9], [33]])).long()}
+
+
+def pair(heads: int, dtype=torch.float32):
+    """The same random BLOOM twice: as transformers has it, and with fused attention."""
+    torch.manual_seed(0)
+    config = BloomConfig(n_layer=3, n_head=heads, hidden_size=16 * heads, vocab_size=500, initializer_range=0.2)
+    own = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    fused = copy.deepcopy(own)
+    bloom.use_fused_attention(fused)
+    return own, fused
+
+
+@pytest.mark.parametrize("heads", [1, 2, 12, 16, 20])
+def test_slopes_are_the_papers(heads):
+    expected = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(bloom.slopes(heads), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("heads", [4, 12])
+@pytest.mark.parametrize("mask", MASKS)
+def test_logits_and_gradients_equal_the_step_by_step_attention(mask, heads):
+    own, fused = pair(heads)
+    mask = MASKS[mask]
+    real = (torch.ones_like(IDS) if mask is None else mask).bool()
+    labels = IDS.masked_fill(~real, -100)
+    labels[torch.arange(ROWS), real.int().argmax(dim=1)] = -100  # a first token has only padding before it
+    gradients = []
+    for model in (own, fused):
+        model.train()
+        model(input_ids=IDS, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.eval()
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    for cache in (False, True):
+        with torch.inference_mode():
+            expected, got = (model(input_ids=IDS, attention_mask=mask, use_cache=cache).logits for model in (own, fused))
+        torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+def test_generation_and_weights_equal_the_step_by_step_attention():
+    own, fused = pair(4)
+    texts = [model.generate(input_ids=IDS, attention_mask=MASKS["padded left"], max_new_tokens=12, do_sample=False,
+                            pad_token_id=3) for model in (own, fused)]
+    assert torch.equal(*texts)
+    with torch.inference_mode():
+        weights = [model(input_ids=IDS, output_attentions=True).attentions for model in (own, fused)]
+    for expected, got in zip(*weights, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_documents_do_not_see_each_other():
+    own, fused = pair(4)
+    cuts = [(0, 11), (11, 31), (31, 40)]
+    document = torch.repeat_interleave(torch.arange(3), torch.tensor([end - start for start, end in cuts]))
+    allowed = ((document[:, None] == document) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())[None, None]
+    with torch.inference_mode():
+        alone = torch.cat([own(input_ids=IDS[:1, start:end]).logits for start, end in cuts], dim=1)
+        packed = fused(input_ids=IDS[:1], attention_mask=allowed, use_cache=False).logits
+        mixed = own(input_ids=IDS[:1]).logits
+    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
+    assert (mixed - alone).abs().max() > 0.5, "the documents would not have shown in the logits"
+
+
+def test_bfloat16_is_at_least_as_near_to_float32_as_the_step_by_step_attention():
+    """Distances are exact in 8 bits near the query; places, which transformers adds, are not."""
+    exact, _ = pair(4)
+    own, fused = pair(4, torch.bfloat16)
+    with torch.inference_mode():
+        expected = exact(input_ids=IDS).logits
+        far, near = ((model(input_ids=IDS).logits.float() - expected).abs().mean() for model in (own, fused))
+    assert near < 1.1 * far
+
+
+def test_every_loaded_bloom_has_it(tiny_bloom):
+    for precision in ("full", "4bit"):
+        model, _ = base_models.load(str(tiny_bloom), precision)
+        assert all(isinstance(block.self_attention, bloom.AlibiAttention) for block in model.transformer.h)
+        assert model.config._attn_implementation == bloom.NAME
