@@ -96,6 +96,8 @@ bench: setup
 	@mkdir -p runs
 	$(PY) tests/benchmarks/training.py --json runs/bench-training.json
 	$(PY) tests/benchmarks/swap.py --out runs/bench-swap.json
+	$(PY) tests/benchmarks/decode.py --json runs/bench-decode.json
+	$(PY) tests/benchmarks/growth.py --json runs/bench-growth.json
 
 clean:
 	rm -rf $(VENV) $(VENV)-audit $(VENV)-canary .pytest_cache .ruff_cache .hypothesis
