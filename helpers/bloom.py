@@ -9,19 +9,14 @@ no positions of its own: it only has to be masked from the others.
 import torch
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
-from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
+from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
 NAME = "alibi_sdpa"  # under this name attention and mask are registered with transformers
 
 
 def slopes(heads: int) -> torch.Tensor:
-    """ALiBi's slope of each head, (heads,), float32: 2^(-8/n), 2^(-16/n), … for n heads, n a power of two.
-
-    For other numbers the closest power of two below, then every second slope of twice as many (the paper's own code).
-    """
-    power = 2 ** (heads.bit_length() - 1)
-    exponents = [8 * i / power for i in range(1, power + 1)] + [4 * i / power for i in range(1, 2 * (heads - power) + 1, 2)]
-    return torch.tensor([2.0**-exponent for exponent in exponents])
+    """ALiBi's slope of each head, (heads,), float32, as transformers computes them: what it adds at the second place."""
+    return build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
 
 
 def bias(allowed: torch.Tensor, heads: int, dtype: torch.dtype, first_query: int = 0) -> torch.Tensor:

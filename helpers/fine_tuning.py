@@ -317,11 +317,13 @@ def pack_documents(dataset, length: int):
 
 
 def _refuse_mixed_documents(model, name: str) -> None:
-    """Packed documents stay apart by positions and a mask: refuse models that take no positions (ALiBi), save our own BLOOM."""
+    """Packed documents stay apart by positions and a mask: refuse models that take no positions and have not our ALiBi."""
     import inspect
 
+    from helpers.bloom import NAME
+
     base = model.get_base_model()
-    if "position_ids" not in inspect.signature(base.forward).parameters and base.config.model_type != "bloom":
+    if "position_ids" not in inspect.signature(base.forward).parameters and base.config._attn_implementation != NAME:
         raise WorkbookError(f"packing='documents' cannot be used with {name}: it takes no position_ids, so documents in one "
                             "row would see each other. Use packing='none'.")
 
