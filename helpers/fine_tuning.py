@@ -262,12 +262,13 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     if not config.completion_only:  # a document's first token has nothing before it that could predict it
         encoded = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in encoded]
     dataset = Dataset.from_list(encoded)
+    packed = config.packing != "none"
     if config.packing == "documents":
         _refuse_mixed_documents(model, config.base_model)
-        dataset = pack_documents(dataset, config.max_length)
+    if packed:
+        dataset = pack(dataset, config.max_length, {"documents": "bfd", "wrapped": "wrapped"}[config.packing])
     steps = config.max_steps or max(1, math.ceil(config.epochs * len(dataset) / rows_a_step))
-    cuda, wrapped = torch.cuda.is_available(), config.packing == "wrapped"
-    dtype = base_models.best_dtype()
+    cuda, dtype = torch.cuda.is_available(), base_models.best_dtype()
     # About 100 losses a run; a checkpoint stands where one was logged, or a resumed run would log the mean of fewer steps.
     most = min(config.checkpoint_steps, max(1, steps // 100))
     logged = max(n for n in range(1, most + 1) if config.checkpoint_steps % n == 0)
@@ -277,25 +278,26 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         lr_scheduler_type=config.schedule, warmup_steps=0 if config.schedule == "constant" else max(1, steps // 20),
         optim="adamw_torch_fused" if cuda and config.optimizer == "adamw_torch" else config.optimizer,
         max_grad_norm=1.0, seed=config.seed, data_seed=config.seed,
-        bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
+        bf16=False,  # compute_loss casts by itself: accelerate's way also turns all logits into float32, which costs memory
+        fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
         gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length,
-        packing=wrapped, packing_strategy="wrapped", dataset_kwargs=None if wrapped else {"skip_prepare_dataset": True},
-        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, dataloader_num_workers=2 if cuda else 0,
         dataloader_persistent_workers=cuda, ddp_find_unused_parameters=False)
-    packed = config.packing == "documents"
     collator = PackedCollator(tokenizer.pad_token_id, config.max_length) if packed else Collator(tokenizer.pad_token_id)
-    extra = {} if wrapped else {"data_collator": collator}
-    trainer = _trainer_class()(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, **extra)
+    trainer = _trainer_class()(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer,
+                               data_collator=collator)
     # TRL 1.16 turns the adapter of a 4-bit base into bfloat16. Steps smaller than its 8 bits of mantissa are then lost, CPUs
     # without AMX slow down, and a resumed run (whose weights load as float32) takes another path. So: float32 throughout.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    trainer.cast = cuda and dtype == torch.bfloat16
     if config.compile:
         compile_blocks(trainer.model)
+        trainer.cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)
     trainer.remove_callback(PrinterCallback)  # Progress prints instead
     trainer.add_callback(_progress_callback()())
     if trainer.accelerator.num_processes != world:
@@ -304,14 +306,15 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     return trainer
 
 
-def pack_documents(dataset, length: int):
-    """Rows packed by best-fit decreasing into rows of at most `length` tokens; ``seq_lengths`` says where documents end."""
+def pack(dataset, length: int, strategy: str):
+    """Rows packed into rows of at most `length` tokens, by TRL: "bfd", best-fit decreasing, whole documents whose lengths are
+    in ``seq_lengths``, or "wrapped", one stream cut anywhere."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
     from trl import pack_dataset
 
     disable_progress_bar()
     try:
-        return pack_dataset(dataset, length, "bfd")
+        return pack_dataset(dataset, length, strategy)
     finally:
         enable_progress_bar()
 
@@ -341,8 +344,9 @@ def compile_blocks(model) -> None:
 class PackedCollator:
     """Packed rows to a batch of a fixed width, so that every step has the same shapes.
 
-    position_ids start at 0 in every document; the mask (rows, 1, width, width) lets a token see its own document up to
-    itself. Padding counts as one more document, with no labels.
+    Rows with ``seq_lengths`` hold documents that stay apart: position_ids start at 0 in each, and ``document`` numbers them
+    (padding counts as one more, with no labels). Others are one text each, and get a mask if there is padding to hide.
+    ``scored`` lists the places to score: counted here, they need no waiting for the GPU.
     """
 
     pad_token_id: int
@@ -352,16 +356,19 @@ class PackedCollator:
         import torch
 
         shape = (len(rows), self.width)
-        ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, -100)
-        positions, document = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        used = [len(row["input_ids"]) for row in rows]
+        batch = {"input_ids": torch.full(shape, self.pad_token_id), "labels": torch.full(shape, -100)}
         for i, row in enumerate(rows):
-            used = len(row["input_ids"])
-            ids[i, :used] = torch.tensor(row["input_ids"])
-            labels[i, :used] = torch.tensor(row["labels"])
-            lengths = [*row["seq_lengths"], self.width - used]
-            positions[i] = torch.cat([torch.arange(n) for n in lengths])
-            document[i] = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        return {"input_ids": ids, "labels": labels, "position_ids": positions, "document": document}
+            batch["input_ids"][i, :used[i]] = torch.tensor(row["input_ids"])
+            batch["labels"][i, :used[i]] = torch.tensor(row["labels"])
+        batch["scored"] = scored_places(batch["labels"])
+        if "seq_lengths" in rows[0]:
+            lengths = [[*row["seq_lengths"], self.width - n] for row, n in zip(rows, used, strict=True)]
+            batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+            batch["document"] = torch.stack([torch.repeat_interleave(torch.tensor(row)) for row in lengths])
+        elif min(used) < self.width:
+            batch["attention_mask"] = (torch.arange(self.width) < torch.tensor(used)[:, None]).long()
+        return batch
 
 
 class LengthSampler:
@@ -394,27 +401,41 @@ class LengthSampler:
         return iter([i for batch in whole + rest for i in batch])
 
 
-def completion_loss(model, inputs: dict, count=None):
-    """Cross-entropy over the scored positions, computing the output head only there.
-
-    The head is a quarter of a small model's arithmetic, and its logits (positions x vocabulary) most of its memory; a
-    prompt's positions need neither. A hook in front of the head drops them inside the model's own forward, so it works
-    for every architecture and under DistributedDataParallel. `count` divides the sum (default: scored positions here).
-    """
-    import torch
+def summed_cross_entropy(logits, targets):
+    """Sum of the cross-entropy of (places, vocabulary) against (places,), in float32."""
     from torch.nn.functional import cross_entropy
 
-    labels = inputs["labels"]
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position t is scored on token t + 1
-    scored = targets != -100
+    return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _targets(labels):
+    """What each place is scored on, the token after it: labels (rows, length) -> (rows x length,), -100 where nothing is."""
+    from torch.nn.functional import pad
+
+    return pad(labels[:, 1:], (0, 1), value=-100).flatten()
+
+
+def scored_places(labels):
+    """Indices into rows x length of the places that are scored."""
+    return (_targets(labels) != -100).nonzero()[:, 0]
+
+
+def completion_loss(model, inputs: dict, count=None, cross_entropy=summed_cross_entropy):
+    """Cross-entropy over the scored places, computing the output head only there.
+
+    The head is a quarter of a small model's arithmetic, and its logits (places x vocabulary) most of its memory; a
+    prompt's places need neither. A hook in front of the head drops them inside the model's own forward, so it works
+    for every architecture and under DistributedDataParallel. `count` divides the sum (default: scored places here).
+    """
+    places = inputs["scored"] if "scored" in inputs else scored_places(inputs["labels"])
     head = getattr(model, "module", model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][scored], *arguments[1:]))
+    hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0].flatten(0, 1)[places], *arguments[1:]))
     try:
         logits = model(input_ids=inputs["input_ids"], use_cache=False, **_attention_inputs(inputs)).logits
     finally:
         hook.remove()
-    total = cross_entropy(logits.float(), targets[scored], reduction="sum")
-    return total / (scored.sum() if count is None else count)
+    total = cross_entropy(logits, _targets(inputs["labels"])[places])
+    return total / (len(places) if count is None else count)
 
 
 def _attention_inputs(inputs: dict) -> dict:
@@ -422,7 +443,7 @@ def _attention_inputs(inputs: dict) -> dict:
     import torch
 
     if "document" not in inputs:
-        return {"attention_mask": inputs["attention_mask"]}
+        return {"attention_mask": inputs.get("attention_mask")}
     document = inputs["document"]
     causal = torch.ones(document.shape[1], document.shape[1], dtype=torch.bool, device=document.device).tril()
     same = document[:, None, :, None] == document[:, None, None, :]
@@ -430,15 +451,16 @@ def _attention_inputs(inputs: dict) -> dict:
 
 
 def _trainer_class():
+    import torch
     from trl import SFTTrainer
 
     class CompletionTrainer(SFTTrainer):
-        """SFTTrainer whose loss skips the prompt's logits. Wrapped rows keep TRL's own loss."""
+        """SFTTrainer whose loss skips the prompt's logits."""
+
+        cast, cross_entropy = False, staticmethod(summed_cross_entropy)
 
         def _get_train_sampler(self, train_dataset=None):
             rows = self.train_dataset if train_dataset is None else train_dataset
-            if self.args.packing:  # wrapped
-                return super()._get_train_sampler(train_dataset)
             # One optimizer step's rows, over all workers and accumulated passes, have like lengths.
             together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
             sampler = LengthSampler([len(ids) for ids in rows["input_ids"]], together, self.args.data_seed)
@@ -446,9 +468,10 @@ def _trainer_class():
             return sampler
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if self.args.packing or return_outputs:
+            if return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss = completion_loss(model, inputs, num_items_in_batch)
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.cast):
+                loss = completion_loss(model, inputs, num_items_in_batch, self.cross_entropy)
             # num_items_in_batch counts the tokens of all workers, and the gradients are averaged over them.
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes

@@ -66,22 +66,44 @@ def test_packed_documents_train_like_rows_of_their_own(architecture, compiled, r
     """One packed batch has the loss and the gradients of the same rows padded: documents do not see each other."""
     model, tokenizer = base_models.load(str(request.getfixturevalue(architecture)), dtype=torch.float32, device="cpu")
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
-    packed = fine_tuning.pack_documents(Dataset.from_list(encoded), 512)
+    packed = fine_tuning.pack(Dataset.from_list(encoded), 512, "bfd")
     assert len(packed) < 12 and max(map(len, packed["seq_lengths"])) > 1
     batches = [fine_tuning.Collator(tokenizer.pad_token_id)(encoded),
                fine_tuning.PackedCollator(tokenizer.pad_token_id, 512)(list(packed))]
     weight = model.get_input_embeddings().weight
     results = []
+    cross_entropy = fine_tuning.summed_cross_entropy
     for batch in batches:
         if compiled and "document" in batch:
             torch._dynamo.reset()
             fine_tuning.compile_blocks(model)
+            cross_entropy = torch.compile(cross_entropy, dynamic=True)
         model.zero_grad()
-        loss = fine_tuning.completion_loss(model, batch)
+        loss = fine_tuning.completion_loss(model, batch, cross_entropy=cross_entropy)
         loss.backward()
         results.append((loss.item(), weight.grad.clone()))
     assert results[0][0] == pytest.approx(results[1][0], abs=2e-6)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["tiny", "tiny_bloom"])
+def test_wrapped_rows_are_one_text_each_and_keep_every_token(architecture, request):
+    model, tokenizer = base_models.load(str(request.getfixturevalue(architecture)), dtype=torch.float32, device="cpu")
+    encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
+    rows = list(fine_tuning.pack(Dataset.from_list(encoded), 256, "wrapped"))
+    stream = [token for row in encoded for token in row["input_ids"]]
+    assert [token for row in rows for token in row["input_ids"]] == stream
+    assert all(len(row["input_ids"]) == 256 for row in rows[:-1]) and 0 < len(rows[-1]["input_ids"]) < 256
+    collate = fine_tuning.PackedCollator(tokenizer.pad_token_id, 256)
+    whole, padded = collate(rows[:2]), collate(rows[-2:])
+    assert "attention_mask" not in whole and padded["attention_mask"].sum() == 256 + len(rows[-1]["input_ids"])
+    for batch in (whole, padded):
+        assert batch["input_ids"].shape == (2, 256) and "document" not in batch
+        places = batch.pop("scored")
+        with torch.inference_mode():
+            expected = model(**batch).loss.item()
+            got = fine_tuning.completion_loss(model, batch | {"scored": places}).item()
+        assert got == pytest.approx(expected, abs=2e-6)
 
 
 def test_a_model_without_positions_is_not_packed(tmp_path):

@@ -1,11 +1,13 @@
-"""Training speed: TRL's defaults against this workbook's recipe, interleaved in one run.
+"""Training speed, interleaved in one run: TRL's defaults and other recipes against this workbook's.
 
-    python tests/benchmarks/training.py --json training.json
-    python tests/benchmarks/training.py --width 512 --rows 64 --packed --repeats 3        # a GPU: packed, compiled or not
+    python tests/benchmarks/training.py --json training.json               # any machine: short rows of a task, embedded base
+    python tests/benchmarks/training.py --suite packed --json packed.json  # a GPU: rows of 1,024 tokens, every one scored
+    python tests/benchmarks/training.py --suite bloom --json bloom.json    # a GPU: the reference's recipe, bloom-1b1's shape
 
-Every variant trains the same practice rows for the same number of steps; the first step warms up and does not count.
-Printed: median of the repeats and their range, ratios within this run, and, on a CPU, the share of the rate that plain
-float32 matrix products reach in the same run.
+Every variant of a suite trains the same practice rows for the same number of optimizer steps of as many rows; the first steps
+warm up and do not count. Printed: median of the repeats and their range, ratios within this run, the loss at the end, peak
+memory of a GPU, or, on a CPU, the share of the rate that plain float32 matrix products reach in the same run.
+bloom-1b1 itself is not needed: a model of its shape with random weights costs the same time.
 """
 
 import argparse
@@ -24,39 +26,101 @@ sys.path.insert(0, str(ROOT))
 from helpers import base_models, cards, data, fine_tuning, tasks  # noqa: E402
 from helpers.practice import practice_rows  # noqa: E402
 
+SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 20, "warm_up": 6},
+          "bloom": {"rows": 4, "steps": 50, "warm_up": 8}}
 
-def trl_defaults(arguments, rows, folder):
-    """SFTTrainer as TRL sets it up, on prompt and completion columns, with the same LoRA, batch and learning rate."""
+
+def stock(arguments, rows, folder, precision="4bit", plain_attention=False, packed=False, **settings):
+    """TRL's SFTTrainer as TRL sets it up, with `settings` of SFTConfig; the LoRA is the workbook's."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     task = tasks.get_task("sql")
-    model, tokenizer = base_models.load(arguments.base_model, "4bit")
-    dataset = Dataset.from_list([{"prompt": task.prompt(row), "completion": task.completion(row)} for row in rows])
+    model, tokenizer = (transformers_own if plain_attention else base_models.load)(arguments.base_model, precision)
+    if packed:  # every token is scored, as in plain text; the stream is cut into rows of --width
+        dataset = Dataset.from_list([{"text": task.prompt(row) + task.completion(row)} for row in rows])
+        settings |= {"packing": True, "packing_strategy": "wrapped", "max_length": arguments.width}
+    else:
+        dataset = Dataset.from_list([{"prompt": task.prompt(row), "completion": task.completion(row)} for row in rows])
     cuda = torch.cuda.is_available()
-    config = SFTConfig(output_dir=str(folder), max_steps=arguments.steps, per_device_train_batch_size=arguments.rows,
-                       report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=not cuda, bf16=cuda)
-    lora = LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=base_models.lora_target_modules(model))
+    settings = {"per_device_train_batch_size": arguments.rows, "learning_rate": 2e-4, **settings}
+    config = SFTConfig(output_dir=str(folder), max_steps=arguments.steps, report_to="none", disable_tqdm=True,
+                       save_strategy="no", use_cpu=not cuda, bf16=cuda, logging_steps=1, **settings)
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=settings_of(arguments)["dropout"], task_type="CAUSAL_LM",
+                      target_modules=base_models.lora_target_modules(model))
     return SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+
+
+def settings_of(arguments) -> dict:
+    return fine_tuning.PRESETS["reference" if arguments.suite == "bloom" else "default"]
+
+
+def transformers_own(name: str, precision: str):
+    """A base model with the attention that transformers gives it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantized = {"quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=base_models.best_dtype())} if precision == "4bit" else {}
+    model = AutoModelForCausalLM.from_pretrained(base_models.fetch(name), dtype=base_models.best_dtype(),
+                                                 device_map={"": base_models.best_device()}, **quantized)
+    return model, base_models.load_tokenizer(name)
 
 
 def ours(arguments, rows, folder, **changes):
     """This workbook's trainer with the default preset, and `changes`."""
-    model, tokenizer = base_models.load(arguments.base_model, changes.get("precision", "4bit"))
-    config = fine_tuning.FineTuneConfig.from_parameters(task="sql", base_model=arguments.base_model, batch_size=arguments.rows,
-                                                        max_steps=arguments.steps, checkpoint_steps=10**6, **changes)
+    config = fine_tuning.FineTuneConfig.from_parameters(**{
+        "task": "sql", "base_model": arguments.base_model, "batch_size": arguments.rows, "max_steps": arguments.steps,
+        "checkpoint_steps": 10**6, **changes})
+    model, tokenizer = base_models.load(arguments.base_model, config.precision)
     encoded, _ = data.encode_rows(tokenizer, tasks.get_task("sql"), rows, config.max_length)
     return fine_tuning.make_trainer(config, model, tokenizer, encoded, folder)
 
 
 def variants(arguments) -> dict:
-    if not arguments.packed:
-        return {"TRL defaults": trl_defaults, "workbook, 4 bits": ours,
-                "workbook, full precision": lambda *given: ours(*given, precision="full")}
-    packed = {"packing": "documents", "max_length": arguments.width, "precision": "full", "rank": 8}
-    return {"packed": lambda *given: ours(*given, **packed),
-            "packed, compiled": lambda *given: ours(*given, **packed, compile=True)}
+    def of(make, **settings):
+        return lambda *given: make(*given, **settings)
+
+    if arguments.suite == "rows":
+        return {"TRL defaults": of(stock), "workbook, 4 bits": of(ours), "workbook, full precision": of(ours, precision="full")}
+    if arguments.suite == "packed":
+        packed = {"packing": "wrapped", "max_length": arguments.width, "completion_only": False, "rank": 16,
+                  "schedule": "constant", "learning_rate": 2e-4}
+        apart = packed | {"packing": "documents"}
+        return {"TRL defaults, bfloat16": of(stock, packed=True, precision="full"),
+                "TRL, no checkpointing": of(stock, packed=True, precision="full", gradient_checkpointing=False),
+                "workbook": of(ours, **packed, precision="full"),
+                "workbook, compiled": of(ours, **packed, precision="full", compile=True),
+                "compiled, documents apart": of(ours, **apart, precision="full", compile=True),
+                "compiled, completions only": of(ours, **{**apart, "completion_only": True}, precision="full", compile=True),
+                "TRL, no checkpointing, 4 bits": of(stock, packed=True, gradient_checkpointing=False),
+                "workbook, compiled, 4 bits": of(ours, **packed, precision="4bit", compile=True)}
+    # The reference's step is 1 row x 4 accumulated passes; the others make the same step of 4 rows in one pass.
+    one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": arguments.rows,
+                  "optim": "paged_adamw_32bit", "lr_scheduler_type": "constant"}
+    whole = {"lr_scheduler_type": "constant", "gradient_checkpointing": False}
+    same = {"preset": "reference", "gradient_accumulation": 1, "optimizer": "adamw_torch", "max_length": arguments.width}
+    return {"reference recipe": of(stock, packed=True, plain_attention=True, **one_by_one),
+            "step by step, bfloat16": of(stock, packed=True, plain_attention=True, precision="full", **whole),
+            "workbook": of(ours, **same, precision="full"),
+            "workbook, compiled": of(ours, **same, precision="full", compile=True),
+            "workbook, compiled, 4 bits": of(ours, **same, precision="4bit", compile=True)}
+
+
+def bloom_shape(folder: Path) -> str:
+    """A model of bigscience/bloom-1b1's shape with random weights, and the embedded base's tokenizer, in a local folder."""
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    torch.manual_seed(0)
+    tokenizer = base_models.load_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = BloomConfig(n_layer=24, n_head=16, hidden_size=1536, vocab_size=250_880, **special)
+    with torch.device(base_models.best_device()):
+        model = AutoModelForCausalLM.from_config(config, dtype=base_models.best_dtype())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def measure(make, arguments, rows) -> dict:
@@ -75,31 +139,40 @@ def measure(make, arguments, rows) -> dict:
     counted = []
 
     class Counted:
-        """Counts a batch's tokens on its way to the model."""
+        """Sends the number of a batch's tokens along with it: batches are made ahead, in other processes."""
 
         def __init__(self, collator):
             self.collator = collator
 
         def __call__(self, batch):
-            counted.append(sum(len(row["input_ids"]) for row in batch))
-            return self.collator(batch)
+            return {**self.collator(batch), "tokens": torch.tensor(sum(len(row["input_ids"]) for row in batch))}
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(arguments, rows, Path(folder))
-        trainer.args.dataloader_num_workers, trainer.args.dataloader_persistent_workers = 0, False
-        clock = Clock()
+        clock, training_step = Clock(), trainer.training_step
+
+        def counting_step(model, inputs, *rest):
+            counted.append(inputs.pop("tokens"))
+            return training_step(model, inputs, *rest)
+
+        trainer.training_step = counting_step
         trainer.add_callback(clock)
         trainer.data_collator = Counted(trainer.data_collator)
         trainer.train()
         loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        tokens = sum(counted[arguments.warm_up:arguments.steps])
+        passes = trainer.args.gradient_accumulation_steps
+        tokens = sum(int(n) for n in counted[arguments.warm_up * passes:])
     seconds = clock.moments[-1] - clock.moments[arguments.warm_up - 1]
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
     del trainer
     gc.collect()
-    return {"tokens_per_second": tokens / seconds, "loss": loss[-1] if loss else None, "peak_gpu_gb": peak}
+    torch.cuda.empty_cache()
+    last = loss[-max(1, len(loss) // 10):]
+    return {"tokens_per_second": tokens / seconds, "loss": sum(last) / len(last), "first_loss": loss[0], "peak_gpu_gb": peak,
+            "before_and_warm_up_seconds": clock.moments[arguments.warm_up - 1] - begin}
 
 
 def matrix_rate() -> float:
@@ -117,39 +190,64 @@ def matrix_rate() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", default=base_models.EMBEDDED)
-    parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
-    parser.add_argument("--width", type=int, default=512, help="tokens of a packed row")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warm-up", type=int, default=1, help="steps that do not count")
+    parser.add_argument("--suite", choices=SUITES, default="rows")
+    parser.add_argument("--rows", type=int, help="rows of an optimizer step")
+    parser.add_argument("--width", type=int, default=1024, help="tokens of a packed row")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--warm-up", type=int, help="steps that do not count")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--packed", action="store_true", help="packed rows, compiled and not, instead of TRL against ours")
+    parser.add_argument("--only", nargs="*", default=[], help="variants to run, by the start of their names")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    for name, value in SUITES[arguments.suite].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     if arguments.steps <= arguments.warm_up or arguments.warm_up < 1:
         parser.error("--steps must be more than --warm-up, and --warm-up at least 1")
-    rows = practice_rows("sql", "train", 64 if not arguments.packed else 6 * arguments.rows * arguments.width // 60)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.suite == "bloom":
+            arguments.base_model = bloom_shape(Path(folder) / "bloom-1b1-shape")
+        run(arguments)
+
+
+def run(arguments) -> None:
+    needed = arguments.steps * arguments.rows * arguments.width // 60  # a practice row has about 75 tokens
+    rows = practice_rows("sql", "train", 64 if arguments.suite == "rows" else needed)
+    wanted = {name: make for name, make in variants(arguments).items()
+              if not arguments.only or name.startswith(tuple(arguments.only))}
     found: dict[str, list[dict]] = {}
     rates = []
     for repeat in range(arguments.repeats):
         rates.append(matrix_rate())
-        for name, make in variants(arguments).items():
+        for name, make in wanted.items():
             found.setdefault(name, []).append(measure(make, arguments, rows))
-            print(f"repeat {repeat + 1}: {name}: {found[name][-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
-    first = statistics.median(run["tokens_per_second"] for run in next(iter(found.values())))
-    layers = sum(out * into for out, into in _layers(arguments.base_model))
-    result = {"hardware": base_models.hardware(), "torch": torch.__version__, "arguments": vars(arguments) | {"json": None},
-              "matrix_gflops": [rate / 1e9 for rate in rates], "variants": {}}
+            print(f"repeat {repeat + 1}: {name}: {found[name][-1]}", flush=True)
+            if arguments.json:  # a long run that is cut short has lost nothing
+                cards.write_json(arguments.json, summary(arguments, found, rates))
+    result = summary(arguments, found, rates)
     print(f"\n{result['hardware']}; float32 matrix products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
+    for name, one in result["variants"].items():
+        speeds = [each["tokens_per_second"] for each in one["runs"]]
+        more = f"{one['runs'][0]['peak_gpu_gb']:5.1f} GB" if torch.cuda.is_available() else \
+            f"{one['share_of_matrix_rate']:.0%} of the matrix rate"
+        print(f"{name:30}{one['median']:12,.0f} tokens/s [{min(speeds):,.0f}, {max(speeds):,.0f}]   x{one['ratio']:.2f}   "
+              f"loss {one['runs'][0]['loss']:.4f}   {more}")
+
+
+def summary(arguments, found: dict[str, list[dict]], rates: list[float]) -> dict:
+    """What goes to the JSON file: every run, and of each variant the median, its ratio to the first variant's."""
+    first = statistics.median(run["tokens_per_second"] for run in next(iter(found.values())))
+    # A token passes the frozen layers once forward and once backward: 2 + 2 FLOP a weight. The head is not counted.
+    layers = 4 * sum(out * into for out, into in _layers(arguments.base_model))
+    kept = {name: value for name, value in vars(arguments).items() if name not in ("json", "base_model")}
+    result = {"hardware": base_models.hardware(), "torch": torch.__version__, "arguments": kept,
+              "command": "python " + " ".join(["tests/benchmarks/training.py", "--suite", arguments.suite]),
+              "matrix_gflops": [rate / 1e9 for rate in rates], "variants": {}}
     for name, runs in found.items():
-        speeds = [run["tokens_per_second"] for run in runs]
-        middle = statistics.median(speeds)
-        # A token passes the frozen layers once forward and once backward: 2 + 2 FLOP a weight. The head is not counted.
-        share = middle * 4 * layers / statistics.median(rates)
-        result["variants"][name] = {"runs": runs, "median": middle, "ratio": middle / first, "share_of_matrix_rate": share}
-        cpu = "" if torch.cuda.is_available() else f", {share:.0%} of the matrix rate"
-        print(f"{name:26}{middle:12,.0f} tokens/s [{min(speeds):,.0f}, {max(speeds):,.0f}]   x{middle / first:.2f}{cpu}")
-    if arguments.json:
-        cards.write_json(arguments.json, result)
+        middle = statistics.median(run["tokens_per_second"] for run in runs)
+        result["variants"][name] = {"runs": runs, "median": middle, "ratio": middle / first,
+                                    "share_of_matrix_rate": middle * layers / statistics.median(rates)}
+    return result
 
 
 def _layers(base_model: str) -> list[tuple[int, int]]:
