@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 from helpers import base_models, cards, data, fine_tuning, tasks  # noqa: E402
 from helpers.practice import practice_rows  # noqa: E402
 
-SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 20, "warm_up": 6},
-          "bloom": {"rows": 4, "steps": 50, "warm_up": 8}}
+SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 18, "warm_up": 6},
+          "bloom": {"rows": 4, "steps": 30, "warm_up": 8}}
 
 
 def stock(arguments, rows, folder, precision="4bit", plain_attention=False, packed=False, **settings):
@@ -68,12 +68,12 @@ def transformers_own(name: str, precision: str):
     return model, base_models.load_tokenizer(name)
 
 
-def ours(arguments, rows, folder, **changes):
+def ours(arguments, rows, folder, plain_attention=False, **changes):
     """This workbook's trainer with the default preset, and `changes`."""
     config = fine_tuning.FineTuneConfig.from_parameters(**{
         "task": "sql", "base_model": arguments.base_model, "batch_size": arguments.rows, "max_steps": arguments.steps,
         "checkpoint_steps": 10**6, **changes})
-    model, tokenizer = base_models.load(arguments.base_model, config.precision)
+    model, tokenizer = (transformers_own if plain_attention else base_models.load)(arguments.base_model, config.precision)
     encoded, _ = data.encode_rows(tokenizer, tasks.get_task("sql"), rows, config.max_length)
     return fine_tuning.make_trainer(config, model, tokenizer, encoded, folder)
 
@@ -99,10 +99,9 @@ def variants(arguments) -> dict:
     # The reference's step is 1 row x 4 accumulated passes; the others make the same step of 4 rows in one pass.
     one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": arguments.rows,
                   "optim": "paged_adamw_32bit", "lr_scheduler_type": "constant"}
-    whole = {"lr_scheduler_type": "constant", "gradient_checkpointing": False}
     same = {"preset": "reference", "gradient_accumulation": 1, "optimizer": "adamw_torch", "max_length": arguments.width}
     return {"reference recipe": of(stock, packed=True, plain_attention=True, **one_by_one),
-            "step by step, bfloat16": of(stock, packed=True, plain_attention=True, precision="full", **whole),
+            "transformers' own attention": of(ours, plain_attention=True, **same, precision="full"),
             "workbook": of(ours, **same, precision="full"),
             "workbook, compiled": of(ours, **same, precision="full", compile=True),
             "workbook, compiled, 4 bits": of(ours, **same, precision="4bit", compile=True)}
@@ -170,7 +169,7 @@ def measure(make, arguments, rows) -> dict:
     del trainer
     gc.collect()
     torch.cuda.empty_cache()
-    last = loss[-max(1, len(loss) // 10):]
+    last = loss[-max(1, len(loss) // 3):]
     return {"tokens_per_second": tokens / seconds, "loss": sum(last) / len(last), "first_loss": loss[0], "peak_gpu_gb": peak,
             "before_and_warm_up_seconds": clock.moments[arguments.warm_up - 1] - begin}
 
