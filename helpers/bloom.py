@@ -2,9 +2,13 @@
 document; here it is one call of scaled_dot_product_attention, and a mask can keep the documents of a packed row apart.
 
 ALiBi (arXiv:2108.12409, section 3) has no positional embeddings: head h adds slope_h x (key's place - query's place) to its
-scores. A softmax over keys does not change when a query's scores all move by the same amount, so a packed document needs
-no positions of its own: it only has to be masked from the others.
+scores. A softmax over keys does not change when a query's scores all move by the same amount, so slope_h x key's place does
+as well, and a packed document needs no positions of its own: it only has to be masked from the others. And where nothing but
+the future is hidden, the bias is a product, (slope) . (place), that `_causal` gives to queries and keys as extra dimensions:
+no bias is stored, and the kernel that skips the future half of the scores can be used.
 """
+
+import functools
 
 import torch
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -38,16 +42,44 @@ def _mask(*arguments, q_offset=0, allow_is_causal_skip=True, dtype=None, config=
     return bias(allowed, config.n_head, dtype, int(q_offset))
 
 
+@functools.lru_cache(maxsize=8)  # made once, not in every pass: that would wait for the GPU
+@torch.inference_mode(False)
+def factors(heads: int, length: int, scaling: float, dtype: torch.dtype, device: torch.device) -> tuple:
+    """ALiBi as a product: (heads, 1, 8) and (length, 8), whose inner products are slope x place / scaling.
+
+    Both are written as sums of parts that bfloat16 holds exactly, the slope as three (24 bits, as many as float32 has), the
+    place as 256 x high + low, so that the products are as exact as the kernel's float32 sums. Eight, as kernels want sizes
+    divisible by 8; scaling, as they scale the products.
+    """
+    rest, parts = slopes(heads) / scaling, []
+    for _ in range(3):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1].float()
+    slope = torch.stack([256 * part for part in parts] + parts + [torch.zeros(heads)] * 2, dim=-1)
+    place = torch.arange(length)
+    place = torch.stack([place // 256] * 3 + [place % 256] * 3 + [torch.zeros(length)] * 2, dim=-1)
+    return slope[:, None].to(device, dtype), place.to(device, dtype)
+
+
+def _causal(query, key, value, slope, place, scaling: float, dropout: float) -> torch.Tensor:
+    """Causal attention with ALiBi as eight more dimensions: (rows, heads, length, size) each, -> (rows, length, heads, size)."""
+    query = torch.cat([query, slope.expand(*query.shape[:3], 8)], dim=-1)
+    key = torch.cat([key, place.expand(*key.shape[:3], 8)], dim=-1)
+    value = torch.nn.functional.pad(value, (0, 8))
+    mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scaling)
+    return mixed[..., :-8].transpose(1, 2)
+
+
 def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
     """transformers' attention function: query (rows, heads, queries, size), -> (rows, queries, heads, size), and no weights."""
-    # Under autocast the norms stay in float32, and so would a bias made from them.
+    # Under autocast queries have its type, and the bias has the weights'.
     mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask.to(query.dtype),
                                                              dropout_p=dropout, scale=scaling)
     return mixed.transpose(1, 2), None
 
 
 class AlibiAttention(BloomAttention):
-    """BloomAttention whose mask is the whole bias, ALiBi included."""
+    """BloomAttention whose mask is the whole bias, ALiBi included, or empty: then `alibi` holds its `factors`."""
 
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False,
                 **_):
@@ -57,16 +89,41 @@ class AlibiAttention(BloomAttention):
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         dropout = self.attention_dropout.p if self.training else 0.0
-        mixed, _ = _attend(self, query, key, value, attention_mask, self.inv_norm_factor, dropout)
+        if attention_mask.numel():
+            mixed, _ = _attend(self, query, key, value, attention_mask, self.inv_norm_factor, dropout)
+        else:
+            mixed = _causal(query, key, value, *alibi, self.inv_norm_factor, dropout)
         return dropout_add(self.dense(mixed.flatten(2)), residual, self.hidden_dropout, self.training), None
 
 
+class SameTypeNorm(torch.nn.LayerNorm):
+    """LayerNorm that gives back its input's type. The kernel sums in float32 either way; autocast would also hand float32 to
+    all that follows, twice the bytes, where the model itself works in bfloat16."""
+
+    def forward(self, hidden_states):
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states)
+
+
 def _documents(model, arguments, options):
-    """Before the model's forward: a boolean mask (rows, 1, queries, keys) of one's own becomes the bias."""
-    mask = options.get("attention_mask")
-    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
+    """Before the model's forward: a boolean mask (rows, 1, queries, keys) of one's own becomes the bias. No mask, and nothing
+    cached, becomes an empty one, which stands for: only the future is hidden."""
+    mask, ids = options.get("attention_mask"), options.get("input_ids", arguments[0] if arguments else None)
+    weights = options.get("output_attentions") or model.config.output_attentions
+    if mask is None and ids is not None and options.get("past_key_values") is None and not weights:
+        options["attention_mask"] = torch.empty(0, 0, 0, ids.shape[1], device=ids.device)
+    elif mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
         options["attention_mask"] = bias(mask, model.num_heads, model.word_embeddings_layernorm.weight.dtype)
     return arguments, options
+
+
+def _alibi(model, mask: torch.Tensor, heads: int, dtype: torch.dtype):
+    """What every layer is given as its alibi: `factors` for an empty mask; nothing where the mask holds the whole bias."""
+    if mask.numel():
+        return mask.new_zeros((1, 1, 1))
+    if torch.is_autocast_enabled(mask.device.type):
+        dtype = torch.get_autocast_dtype(mask.device.type)
+    return factors(heads, mask.shape[3], model.h[0].self_attention.inv_norm_factor, dtype, mask.device)
 
 
 def use_fused_attention(model) -> None:
@@ -76,10 +133,12 @@ def use_fused_attention(model) -> None:
     backbone = model.transformer
     backbone.config._attn_implementation = NAME
     original = backbone.build_alibi_tensor
-    # Every layer is given an alibi that it does not use; the original cannot make one for a mask of four dimensions.
     backbone.build_alibi_tensor = lambda mask, heads, dtype: (
-        mask.new_zeros((1, 1, 1)) if mask.dim() == 4 else original(mask, heads, dtype))
+        _alibi(backbone, mask, heads, dtype) if mask.dim() == 4 else original(mask, heads, dtype))
     backbone.register_forward_pre_hook(_documents, with_kwargs=True)
+    for module in backbone.modules():
+        if type(module) is torch.nn.LayerNorm:
+            module.__class__ = SameTypeNorm
     for block in backbone.h:
         block.self_attention.__class__ = AlibiAttention
         block.mlp.gelu_impl = torch.nn.GELU(approximate="tanh")

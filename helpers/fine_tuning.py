@@ -296,7 +296,10 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
             parameter.data = parameter.data.float()
     trainer.cast = cuda and dtype == torch.bfloat16
     if config.compile:
-        compile_blocks(trainer.model)
+        # A graph's gradients live in memory that the next pass reuses, and DistributedDataParallel keeps gradients of its own.
+        trainer.graphs = (cuda and packed and world == 1 and config.gradient_accumulation == 1
+                          and not config.gradient_checkpointing)
+        compile_blocks(trainer.model, dynamic=not packed, graphs=trainer.graphs)
         trainer.cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)
     trainer.remove_callback(PrinterCallback)  # Progress prints instead
     trainer.add_callback(_progress_callback()())
@@ -331,13 +334,18 @@ def _refuse_mixed_documents(model, name: str) -> None:
                             "row would see each other. Use packing='none'.")
 
 
-def compile_blocks(model) -> None:
-    """torch.compile for every transformer block: they share one compiled graph, so compiling takes seconds, not minutes."""
+def compile_blocks(model, dynamic: bool = False, graphs: bool = False) -> None:
+    """torch.compile for every transformer block: they share one compiled graph, so compiling takes seconds, not minutes.
+
+    dynamic: one graph for rows of every length, a little slower than one made for the only length there is.
+    graphs: each block's kernels are recorded once (CUDA graphs) and then started together; a small model's kernels are
+    shorter than the time that Python takes to start them. Call torch.compiler.cudagraph_mark_step_begin before each pass.
+    """
     import torch
 
     blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=dynamic, mode="reduce-overhead" if graphs else "default")
 
 
 @dataclass(frozen=True)
@@ -345,7 +353,8 @@ class PackedCollator:
     """Packed rows to a batch of a fixed width, so that every step has the same shapes.
 
     Rows with ``seq_lengths`` hold documents that stay apart: position_ids start at 0 in each, and ``document`` numbers them
-    (padding counts as one more, with no labels). Others are one text each, and get a mask if there is padding to hide.
+    (padding counts as one more, with no labels). Others are one text each: padding stands at its end, where no token looks, so
+    there is no mask, whose coming and going would have a model compiled twice.
     ``scored`` lists the places to score: counted here, they need no waiting for the GPU.
     """
 
@@ -366,8 +375,6 @@ class PackedCollator:
             lengths = [[*row["seq_lengths"], self.width - n] for row, n in zip(rows, used, strict=True)]
             batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
             batch["document"] = torch.stack([torch.repeat_interleave(torch.tensor(row)) for row in lengths])
-        elif min(used) < self.width:
-            batch["attention_mask"] = (torch.arange(self.width) < torch.tensor(used)[:, None]).long()
         return batch
 
 
@@ -457,7 +464,7 @@ def _trainer_class():
     class CompletionTrainer(SFTTrainer):
         """SFTTrainer whose loss skips the prompt's logits."""
 
-        cast, cross_entropy = False, staticmethod(summed_cross_entropy)
+        cast, graphs, cross_entropy = False, False, staticmethod(summed_cross_entropy)
 
         def _get_train_sampler(self, train_dataset=None):
             rows = self.train_dataset if train_dataset is None else train_dataset
@@ -470,6 +477,8 @@ def _trainer_class():
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast("cuda", torch.bfloat16, enabled=self.cast):
                 loss = completion_loss(model, inputs, num_items_in_batch, self.cross_entropy)
             # num_items_in_batch counts the tokens of all workers, and the gradients are averaged over them.

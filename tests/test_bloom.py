@@ -91,6 +91,39 @@ def test_bfloat16_is_at_least_as_near_to_float32_as_the_step_by_step_attention()
     assert near < 1.1 * far
 
 
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e-6), (torch.float16, 1e-6), (torch.bfloat16, 1e-6)])
+def test_factors_hold_slope_times_place_exactly_in_every_type(dtype, scale):
+    """Places beyond 256, which bfloat16 cannot hold in one number, and slopes that are no powers of two."""
+    heads, length, scaling = 12, 5000, 64**-0.5
+    slope, place = bloom.factors(heads, length, scaling, dtype, torch.device("cpu"))
+    product = (slope[:, 0].double() @ place.double().T) * scaling
+    expected = bloom.slopes(heads).double()[:, None] * torch.arange(length)
+    torch.testing.assert_close(product, expected, rtol=scale, atol=0)
+
+
+def test_long_rows_without_a_mask_equal_the_step_by_step_attention():
+    ids = torch.randint(3, 500, (2, 700), generator=torch.Generator().manual_seed(1))
+    own, fused = pair(12)
+    for model in (own, fused):
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+    for expected, got in zip(own.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-3)
+    with torch.inference_mode():
+        expected, got = (model(input_ids=ids).logits for model in (own, fused))
+    torch.testing.assert_close(got, expected, atol=5e-4, rtol=1e-4)
+
+
+def test_under_autocast_the_hidden_states_keep_the_models_type():
+    _, fused = pair(4, torch.bfloat16)
+    types = []
+    for block in fused.transformer.h:
+        block.register_forward_hook(lambda module, given, output: types.append(output[0].dtype))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        fused(input_ids=IDS)
+    assert types == [torch.bfloat16] * 3
+
+
 def test_every_loaded_bloom_has_it(tiny_bloom):
     for precision in ("full", "4bit"):
         model, _ = base_models.load(str(tiny_bloom), precision)
