@@ -1,6 +1,6 @@
 """Write README's tables of measured runs from the runs themselves: python tests/measured.py runs/<job id> …
 
-The table of shipped adapters comes from their metrics.json, and is written every time.
+The table of shipped adapters comes from their metrics.json, that of speed from tests/benchmarks/*.json; both are written every time.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import readme
 
-PREBUILT = readme.ROOT / "adapters" / "prebuilt"
+PREBUILT, BENCHMARKS = readme.ROOT / "adapters" / "prebuilt", readme.ROOT / "tests" / "benchmarks"
 SHOWN = {"sql": ("exact", "execution"), "detox": ("style", "similarity", "joint"), "instruct": ("rouge_l", "loss")}
 
 
@@ -32,6 +32,20 @@ def shipped() -> list[str]:
                          f"{evaluation['source']} | {' | '.join(cells)} |")
     return [*table, "", f"Trained with `preset=full_data`: {'; '.join(trained)}. Made by `python -m helpers.jobs evaluate "
             "adapters/prebuilt/<name> -p data=… -p update_card=True` and `python tests/measured.py`."]
+
+
+def speed() -> list[str]:
+    """A line per variant of the training benchmarks: the first of each file is what the others are compared with."""
+    table = ["| benchmark | way to train | tokens/s, median [range] | ratio | runs |", "| --- | --- | ---: | ---: | ---: |"]
+    for name in ("training", "bloom"):
+        found = json.loads((BENCHMARKS / f"{name}.json").read_text())
+        for way, one in found["variants"].items():
+            speeds = [run["tokens_per_second"] for run in one["runs"]]
+            share = f"; {one['share_of_matrix_rate']:.0%} of the rate of float32 matrix products" if "CPU" in found["hardware"] else ""
+            table.append(f"| {found['command'].split()[-1]}, {found['hardware']} | {way} | {one['median']:,.0f} [{min(speeds):,.0f}, "
+                         f"{max(speeds):,.0f}]{share} | x{one['ratio']:.2f} | {len(speeds)} |")
+    return [*table, "", "Made by `python tests/benchmarks/training.py --suite …` and `python tests/measured.py`: *rows* trains short rows of the SQL "
+            "task on the embedded base model, *bloom* rows of 1,024 tokens on a model of bloom-1b1's shape."]
 
 
 def row(folder: Path) -> tuple[str, int]:
@@ -59,6 +73,7 @@ def main(folders: list[str]) -> None:
             "| --- | --- | --- | ---: | ---: | --- | --- |", *(line for line, _ in rows), "",
             "Made by `python -m helpers.jobs run …` and `python tests/measured.py runs/<job id> …`."]))
     readme.put("shipped", "\n".join(shipped()))
+    readme.put("speed", "\n".join(speed()))
 
 
 if __name__ == "__main__":

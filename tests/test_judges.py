@@ -132,6 +132,14 @@ def test_the_evaluation_job_judges_an_adapter_and_keeps_its_card(adapted, tiny, 
     assert record["evaluation"]["rows"] == 4 and "joint" in record["evaluation"]["adapter"] and len(record["examples"]) == 4
     assert (run / "images" / "05-systems.png").exists(), "a job's figure belongs to its run, not to images/"
     assert (adapted[0] / "README.md").read_text().count("**Prompt**") == 4
+    for rows in (3, 5):  # the second replaces what the first added
+        result = jobs("evaluate", adapted[0], "-p", f"base_model={tiny}", "-p", f"eval_rows={rows}", "-p", "update_card=true",
+                      "-p", "adapter_only=true")
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+    after = json.loads((adapted[0] / "metrics.json").read_text())
+    assert {**after, "more": []} == {**record, "more": []}
+    [added] = after["more"]
+    assert added["rows"] == 5 and "joint" in added["adapter"] and "base" not in added and "human" in added
 
 
 def test_what_cannot_be_evaluated_is_refused_before_a_kernel_starts(adapted, tiny, tmp_path, jobs):
