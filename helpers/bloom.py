@@ -79,7 +79,8 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **_
 
 
 class AlibiAttention(BloomAttention):
-    """BloomAttention whose mask is the whole bias, ALiBi included, or empty: then `alibi` holds its `factors`."""
+    """BloomAttention whose mask is the whole bias, ALiBi included. An empty mask means plain causal attention; `alibi` then holds
+    the two `factors`."""
 
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False,
                 **_):
@@ -97,10 +98,12 @@ class AlibiAttention(BloomAttention):
 
 
 class SameTypeNorm(torch.nn.LayerNorm):
-    """LayerNorm that gives back its input's type. The kernel sums in float32 either way; autocast would also hand float32 to
-    all that follows, twice the bytes, where the model itself works in bfloat16."""
+    """LayerNorm that gives back bfloat16 for bfloat16. The kernel sums in float32 either way; autocast would also hand float32
+    to all that follows, twice the bytes. float16 is left to autocast: its range is too small for what the layers add up."""
 
     def forward(self, hidden_states):
+        if hidden_states.dtype != torch.bfloat16:
+            return super().forward(hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):
             return super().forward(hidden_states)
 

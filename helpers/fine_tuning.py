@@ -286,7 +286,9 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, dataloader_num_workers=2 if cuda else 0,
         dataloader_persistent_workers=cuda, ddp_find_unused_parameters=False)
-    collator = PackedCollator(tokenizer.pad_token_id, config.max_length) if packed else Collator(tokenizer.pad_token_id)
+    arguments.mixed_precision = "fp16" if arguments.fp16 else "no"  # not what accelerate's variables in the environment say
+    collator = PackedCollator(tokenizer.pad_token_id, config.max_length, config.batch_size if config.compile else 0) if packed \
+        else Collator(tokenizer.pad_token_id)
     trainer = _trainer_class()(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer,
                                data_collator=collator)
     # TRL 1.16 turns the adapter of a 4-bit base into bfloat16. Steps smaller than its 8 bits of mantissa are then lost, CPUs
@@ -296,9 +298,7 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
             parameter.data = parameter.data.float()
     trainer.cast = cuda and dtype == torch.bfloat16
     if config.compile:
-        # A graph's gradients live in memory that the next pass reuses, and DistributedDataParallel keeps gradients of its own.
-        trainer.graphs = (cuda and packed and world == 1 and config.gradient_accumulation == 1
-                          and not config.gradient_checkpointing)
+        trainer.graphs = cuda and records_graphs(config, world, model.config.model_type)
         compile_blocks(trainer.model, dynamic=not packed, graphs=trainer.graphs)
         trainer.cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)
     trainer.remove_callback(PrinterCallback)  # Progress prints instead
@@ -334,6 +334,17 @@ def _refuse_mixed_documents(model, name: str) -> None:
                             "row would see each other. Use packing='none'.")
 
 
+def records_graphs(config: FineTuneConfig, world: int, model_type: str) -> bool:
+    """Whether compiled blocks are recorded as CUDA graphs: where all steps have the same shapes, which only packed rows have.
+
+    Not with accumulation, as a graph's gradients live in memory that the next pass reuses; nor with several workers, as
+    DistributedDataParallel keeps gradients of its own; nor for BLOOM's documents, whose bias every block's graph would copy.
+    """
+    masked = config.packing == "documents" and model_type == "bloom"
+    return (config.packing != "none" and not masked and world == 1 and config.gradient_accumulation == 1
+            and not config.gradient_checkpointing)
+
+
 def compile_blocks(model, dynamic: bool = False, graphs: bool = False) -> None:
     """torch.compile for every transformer block: they share one compiled graph, so compiling takes seconds, not minutes.
 
@@ -353,23 +364,27 @@ class PackedCollator:
     """Packed rows to a batch of a fixed width, so that every step has the same shapes.
 
     Rows with ``seq_lengths`` hold documents that stay apart: position_ids start at 0 in each, and ``document`` numbers them
-    (padding counts as one more, with no labels). Others are one text each: padding stands at its end, where no token looks, so
-    there is no mask, whose coming and going would have a model compiled twice.
+    (padding counts as one more, with no labels). Others are one text each. They get no mask: padding follows the text,
+    so no token of the text sees it, and a mask in some batches only would make torch compile the model twice.
+    ``rows``: a batch with fewer rows (an epoch's last) is filled up with padding, for the same reason.
     ``scored`` lists the places to score: counted here, they need no waiting for the GPU.
     """
 
     pad_token_id: int
     width: int
+    rows: int = 0
 
     def __call__(self, rows: list[dict]) -> dict:
         import torch
 
+        nothing = {"input_ids": [], "labels": [], "seq_lengths": []}
+        rows = [*rows, *[nothing] * (self.rows - len(rows))]
         shape = (len(rows), self.width)
         used = [len(row["input_ids"]) for row in rows]
         batch = {"input_ids": torch.full(shape, self.pad_token_id), "labels": torch.full(shape, -100)}
         for i, row in enumerate(rows):
-            batch["input_ids"][i, :used[i]] = torch.tensor(row["input_ids"])
-            batch["labels"][i, :used[i]] = torch.tensor(row["labels"])
+            batch["input_ids"][i, :used[i]] = torch.tensor(row["input_ids"], dtype=torch.long)
+            batch["labels"][i, :used[i]] = torch.tensor(row["labels"], dtype=torch.long)
         batch["scored"] = scored_places(batch["labels"])
         if "seq_lengths" in rows[0]:
             lengths = [[*row["seq_lengths"], self.width - n] for row, n in zip(rows, used, strict=True)]
@@ -434,6 +449,8 @@ def completion_loss(model, inputs: dict, count=None, cross_entropy=summed_cross_
     prompt's places need neither. A hook in front of the head drops them inside the model's own forward, so it works
     for every architecture and under DistributedDataParallel. `count` divides the sum (default: scored places here).
     """
+    import torch
+
     places = inputs["scored"] if "scored" in inputs else scored_places(inputs["labels"])
     head = getattr(model, "module", model).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0].flatten(0, 1)[places], *arguments[1:]))
@@ -442,7 +459,8 @@ def completion_loss(model, inputs: dict, count=None, cross_entropy=summed_cross_
     finally:
         hook.remove()
     total = cross_entropy(logits, _targets(inputs["labels"])[places])
-    return total / (len(places) if count is None else count)
+    count = len(places) if count is None else count
+    return total / torch.as_tensor(count).clamp(min=1)  # nothing to score is a loss of 0, not 0 / 0
 
 
 def _attention_inputs(inputs: dict) -> dict:

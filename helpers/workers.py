@@ -152,7 +152,7 @@ def accelerate_configs(chosen: Plan, gpus: bool = False) -> list[str]:
         several = len(chosen.launches) > 1
         kind = "NO" if chosen.workers == 1 else "MULTI_GPU" if gpus else "MULTI_CPU"
         config = ClusterConfig(
-            compute_environment="LOCAL_MACHINE", distributed_type=kind, mixed_precision="bf16" if gpus else "no",
+            compute_environment="LOCAL_MACHINE", distributed_type=kind, mixed_precision="no",  # the trainer casts by itself
             use_cpu=not gpus, debug=False, num_processes=chosen.workers, num_machines=len(chosen.launches), machine_rank=node,
             main_process_ip=chosen.address if several else None, main_process_port=chosen.port if several else None,
             rdzv_backend="static", same_network=True, main_training_function="main", enable_cpu_affinity=False)

@@ -1,6 +1,7 @@
 """Write README's tables of measured runs from the runs themselves: python tests/measured.py runs/<job id> …
 
-The table of shipped adapters comes from their metrics.json, that of speed from tests/benchmarks/*.json; both are written every time.
+The table of shipped adapters comes from their metrics.json, that of speed from tests/benchmarks/*.json: both are written every
+time.
 """
 
 import json
@@ -27,11 +28,12 @@ def shipped() -> list[str]:
         trained.append(f"{folder.name} {record['training_seconds'] / 60:.1f} minutes on {record['hardware']}")
         for evaluation in (record["evaluation"], *record.get("more", [])):
             systems = ("base", "base, own chat template", "adapter")
-            cells = [figures(evaluation.get(who, {}), (*SHOWN[folder.name], "passed")) for who in systems]
+            cells = [figures(evaluation.get(who, {}), (*SHOWN[folder.name], "passed")) or "not measured" for who in systems]
             table.append(f"| [{folder.name}](adapters/prebuilt/{folder.name}/README.md) | {evaluation['rows']:,} of "
                          f"{evaluation['source']} | {' | '.join(cells)} |")
     return [*table, "", f"Trained with `preset=full_data`: {'; '.join(trained)}. Made by `python -m helpers.jobs evaluate "
-            "adapters/prebuilt/<name> -p data=… -p update_card=True` and `python tests/measured.py`."]
+            "adapters/prebuilt/<name> -p data=… -p update_card=True` (the rows without the base: `-p adapter_only=True`) and "
+            "`python tests/measured.py`."]
 
 
 def speed() -> list[str]:
@@ -41,11 +43,13 @@ def speed() -> list[str]:
         found = json.loads((BENCHMARKS / f"{name}.json").read_text())
         for way, one in found["variants"].items():
             speeds = [run["tokens_per_second"] for run in one["runs"]]
-            share = f"; {one['share_of_matrix_rate']:.0%} of the rate of float32 matrix products" if "CPU" in found["hardware"] else ""
-            table.append(f"| {found['command'].split()[-1]}, {found['hardware']} | {way} | {one['median']:,.0f} [{min(speeds):,.0f}, "
-                         f"{max(speeds):,.0f}]{share} | x{one['ratio']:.2f} | {len(speeds)} |")
-    return [*table, "", "Made by `python tests/benchmarks/training.py --suite …` and `python tests/measured.py`: *rows* trains short rows of the SQL "
-            "task on the embedded base model, *bloom* rows of 1,024 tokens on a model of bloom-1b1's shape."]
+            share = one.get("share_of_matrix_rate")
+            share = f"; {share:.0%} of the rate of float32 matrix products" if share else ""
+            table.append(f"| {found['arguments']['suite']}, {found['hardware']} | {way} | {one['median']:,.0f} "
+                         f"[{min(speeds):,.0f}, {max(speeds):,.0f}]{share} | x{one['ratio']:.2f} | {len(speeds)} |")
+    return [*table, "", "Made by `python tests/benchmarks/training.py --suite …` and `python tests/measured.py`: *rows* trains "
+            "short rows of the SQL task on the embedded base model, *bloom* rows of 1,024 tokens on a model of bloom-1b1's "
+            "shape. A ratio is to the first line of its benchmark."]
 
 
 def row(folder: Path) -> tuple[str, int]:

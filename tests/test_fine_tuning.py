@@ -107,6 +107,30 @@ def test_wrapped_rows_are_one_text_each_and_keep_every_token(architecture, reque
         assert got == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd"])
+def test_a_short_batch_is_filled_up_and_scores_the_same(strategy, tiny):
+    model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
+    encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
+    rows = list(fine_tuning.pack(Dataset.from_list(encoded), 256, strategy))
+    short, full = (fine_tuning.PackedCollator(tokenizer.pad_token_id, 256, rows_a_batch) for rows_a_batch in (0, 4))
+    shapes = [{name: tensor.shape for name, tensor in full(rows[:n]).items() if name != "scored"} for n in (1, 2, 4)]
+    assert shapes[0] == shapes[1] == shapes[2] and shapes[0]["input_ids"] == (4, 256)
+    with torch.inference_mode():
+        losses = [fine_tuning.completion_loss(model, collate(rows[:2])).item() for collate in (short, full)]
+        nothing = fine_tuning.completion_loss(model, full([]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and nothing.item() == 0
+
+
+def test_graphs_are_recorded_only_where_nothing_changes_between_steps(tiny):
+    good = {"packing": "wrapped", "compile": True}
+    assert fine_tuning.records_graphs(config(tiny, **good), 1, "llama")
+    assert fine_tuning.records_graphs(config(tiny, **good), 1, "bloom")
+    assert fine_tuning.records_graphs(config(tiny, **good | {"packing": "documents"}), 1, "llama")
+    for changes, world, kind in (({"packing": "none"}, 1, "llama"), ({"packing": "documents"}, 1, "bloom"), ({}, 2, "llama"),
+                                 ({"gradient_accumulation": 2}, 1, "llama"), ({"gradient_checkpointing": True}, 1, "llama")):
+        assert not fine_tuning.records_graphs(config(tiny, **good | changes), world, kind), changes
+
+
 def test_a_model_without_positions_is_not_packed(tmp_path):
     base = make_tiny(tmp_path / "tiny-mpt", "mpt")
     with pytest.raises(WorkbookError, match="packing='documents' cannot be used with .*tiny-mpt"):

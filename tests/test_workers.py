@@ -92,7 +92,7 @@ def test_configs_are_what_accelerate_reads(tmp_path):
         (tmp_path / "config.yaml").write_text(text)
         read = load_config_from_file(str(tmp_path / "config.yaml"))
         assert (read.num_processes, read.num_machines, read.machine_rank) == (4, 2, node)
-        assert (read.main_process_ip, read.distributed_type, read.mixed_precision) == ("10.0.0.1", "MULTI_GPU", "bf16")
+        assert (read.main_process_ip, read.distributed_type, read.mixed_precision) == ("10.0.0.1", "MULTI_GPU", "no")
     [single] = workers.accelerate_configs(planned(tmp_path, count=1))
     assert "distributed_type: 'NO'" in single and "num_processes: 1\n" in single
 

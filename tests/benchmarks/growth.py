@@ -24,7 +24,7 @@ from helpers import base_models, cards  # noqa: E402
 START = {"rank": 16, "rows": 4, "length": 64}
 CURVES = {"rank": [4, 16, 64, 256], "rows": [1, 4, 16], "length": [32, 128, 512]}
 BASES = {"length": {"rows": 2}}  # long rows in a smaller batch
-ADAPTERS = [3, 30]  # PEFT walks all resident adapters to add one: loading 100 takes ten minutes, 300 more than an hour
+ADAPTERS = [3, 30]  # PEFT walks all resident adapters to add one: the time to load n grows with n squared
 
 
 def peak_bytes() -> int:

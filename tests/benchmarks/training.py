@@ -100,7 +100,7 @@ def variants(arguments) -> dict:
                   "optim": "paged_adamw_32bit", "lr_scheduler_type": "constant"}
     same = {"preset": "reference", "gradient_accumulation": 1, "optimizer": "adamw_torch", "max_length": arguments.width}
     return {"reference recipe": of(stock, packed=True, plain_attention=True, **one_by_one),
-            "transformers' own attention": of(ours, plain_attention=True, **same, precision="full"),
+            "workbook, transformers' attention": of(ours, plain_attention=True, **same, precision="full"),
             "workbook": of(ours, **same, precision="full"),
             "workbook, compiled": of(ours, **same, precision="full", compile=True),
             "workbook, compiled, 4 bits": of(ours, **same, precision="4bit", compile=True)}
@@ -123,7 +123,7 @@ def bloom_shape(folder: Path) -> str:
 
 def measure(make, arguments, rows) -> dict:
     """Train, and time from the end of the first step: tokens that are not padding, per second."""
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, set_seed
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -149,6 +149,7 @@ def measure(make, arguments, rows) -> dict:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
+    set_seed(0)  # every variant starts from the same adapter
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(arguments, rows, Path(folder))
         clock, training_step = Clock(), trainer.training_step
@@ -241,13 +242,15 @@ def summary(arguments, found: dict[str, list[dict]], rates: list[float]) -> dict
     # A token passes the frozen layers once forward and once backward: 2 + 2 FLOP a weight. The head is not counted.
     layers = 4 * sum(out * into for out, into in _layers(arguments.base_model))
     kept = {name: value for name, value in vars(arguments).items() if name not in ("json", "base_model")}
+    only = " --only " + " ".join(f'"{name}"' for name in arguments.only) if arguments.only else ""
     result = {"hardware": base_models.hardware(), "torch": torch.__version__, "arguments": kept,
-              "command": "python " + " ".join(["tests/benchmarks/training.py", "--suite", arguments.suite]),
+              "command": f"python tests/benchmarks/training.py --suite {arguments.suite}{only}",
               "matrix_gflops": [rate / 1e9 for rate in rates], "variants": {}}
     for name, runs in found.items():
         middle = statistics.median(run["tokens_per_second"] for run in runs)
-        result["variants"][name] = {"runs": runs, "median": middle, "ratio": middle / first,
-                                    "share_of_matrix_rate": middle * layers / statistics.median(rates)}
+        result["variants"][name] = {"runs": runs, "median": middle, "ratio": middle / first}
+        if not torch.cuda.is_available():
+            result["variants"][name]["share_of_matrix_rate"] = middle * layers / statistics.median(rates)
     return result
 
 
