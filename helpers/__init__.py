@@ -5,9 +5,14 @@ Heavy libraries (torch, transformers, ...) are imported inside the functions tha
 ``import helpers.jobs`` or ``helpers.tasks`` answers at once.
 """
 
+import logging
 import re
 
 __version__ = "0.1.0"
+
+# On CPUs with AVX512-BF16 bitsandbytes looks for a faster kernel on the model hub when it is imported, and warns that it found
+# none. We run no code from a hub, and its own kernel is there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class WorkbookError(Exception):
