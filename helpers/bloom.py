@@ -18,9 +18,11 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi
 NAME = "alibi_sdpa"  # under this name attention and mask are registered with transformers
 
 
-def slopes(heads: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=8)  # made once, not in every pass: that would wait for the GPU
+@torch.inference_mode(False)
+def slopes(heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """ALiBi's slope of each head, (heads,), float32, as transformers computes them: what it adds at the second place."""
-    return build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    return build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1].to(device)
 
 
 def bias(allowed: torch.Tensor, heads: int, dtype: torch.dtype, first_query: int = 0) -> torch.Tensor:
@@ -32,7 +34,7 @@ def bias(allowed: torch.Tensor, heads: int, dtype: torch.dtype, first_query: int
     queries = torch.arange(first_query, first_query + allowed.shape[2], device=allowed.device)
     keys = torch.arange(allowed.shape[3], device=allowed.device)
     distance = keys[None, :] - queries[:, None]
-    alibi = slopes(heads).to(allowed.device)[:, None, None] * distance
+    alibi = slopes(heads, allowed.device)[:, None, None] * distance
     return torch.where(allowed | (distance == 0), alibi.to(dtype), torch.finfo(dtype).min)
 
 
@@ -42,7 +44,7 @@ def _mask(*arguments, q_offset=0, allow_is_causal_skip=True, dtype=None, config=
     return bias(allowed, config.n_head, dtype, int(q_offset))
 
 
-@functools.lru_cache(maxsize=8)  # made once, not in every pass: that would wait for the GPU
+@functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def factors(heads: int, length: int, scaling: float, dtype: torch.dtype, device: torch.device) -> tuple:
     """ALiBi as a product: (heads, 1, 8) and (length, 8), whose inner products are slope x place / scaling.

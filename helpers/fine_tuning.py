@@ -267,6 +267,10 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         _refuse_mixed_documents(model, config.base_model)
     if packed:
         dataset = pack(dataset, config.max_length, {"documents": "bfd", "wrapped": "wrapped"}[config.packing])
+    if config.packing == "wrapped":
+        from helpers import recorded
+
+        recorded.use_plain_causal_attention(model.get_base_model())
     steps = config.max_steps or max(1, math.ceil(config.epochs * len(dataset) / rows_a_step))
     cuda, dtype = torch.cuda.is_available(), base_models.best_dtype()
     # About 100 losses a run; a checkpoint stands where one was logged, or a resumed run would log the mean of fewer steps.
@@ -287,8 +291,10 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, dataloader_num_workers=2 if cuda else 0,
         dataloader_persistent_workers=cuda, ddp_find_unused_parameters=False)
     arguments.mixed_precision = "fp16" if arguments.fp16 else "no"  # not what accelerate's variables in the environment say
-    collator = PackedCollator(tokenizer.pad_token_id, config.max_length, config.batch_size if config.compile else 0) if packed \
-        else Collator(tokenizer.pad_token_id)
+    collator = Collator(tokenizer.pad_token_id)
+    if packed:
+        shapes = (config.batch_size, most_scored(dataset["labels"], config.batch_size)) if config.compile else ()
+        collator = PackedCollator(tokenizer.pad_token_id, config.max_length, *shapes)
     trainer = _trainer_class()(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer,
                                data_collator=collator)
     # TRL 1.16 turns the adapter of a 4-bit base into bfloat16. Steps smaller than its 8 bits of mantissa are then lost, CPUs
@@ -298,9 +304,9 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
             parameter.data = parameter.data.float()
     trainer.cast = cuda and dtype == torch.bfloat16
     if config.compile:
-        trainer.graphs = cuda and records_graphs(config, world, model.config.model_type)
-        compile_blocks(trainer.model, dynamic=not packed, graphs=trainer.graphs)
-        trainer.cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)
+        trainer.records = trainer.cast and records_steps(config, world, model.config.model_type)
+        compile_blocks(trainer.model, dynamic=not packed)
+        trainer.cross_entropy = torch.compile(summed_cross_entropy, dynamic=not packed)
     trainer.remove_callback(PrinterCallback)  # Progress prints instead
     trainer.add_callback(_progress_callback()())
     if trainer.accelerator.num_processes != world:
@@ -334,29 +340,33 @@ def _refuse_mixed_documents(model, name: str) -> None:
                             "row would see each other. Use packing='none'.")
 
 
-def records_graphs(config: FineTuneConfig, world: int, model_type: str) -> bool:
-    """Whether compiled blocks are recorded as CUDA graphs: where all steps have the same shapes, which only packed rows have.
+def records_steps(config: FineTuneConfig, world: int, model_type: str) -> bool:
+    """Whether steps are recorded as a CUDA graph (helpers.recorded): where all have the same shapes, as only packed rows have.
 
-    Not with accumulation, as a graph's gradients live in memory that the next pass reuses; nor with several workers, as
-    DistributedDataParallel keeps gradients of its own; nor for BLOOM's documents, whose bias every block's graph would copy.
+    Not with accumulation, as a replay writes gradients and does not add to them; nor with several workers, whose gradients
+    DistributedDataParallel exchanges; nor with checkpointing, which keeps the state of the random numbers on the host; nor for
+    BLOOM's documents: the one recording that was tried on a GPU failed, and its cure has only been tried on a CPU.
     """
-    masked = config.packing == "documents" and model_type == "bloom"
-    return (config.packing != "none" and not masked and world == 1 and config.gradient_accumulation == 1
+    untried = config.packing == "documents" and model_type == "bloom"
+    return (config.packing != "none" and not untried and world == 1 and config.gradient_accumulation == 1
             and not config.gradient_checkpointing)
 
 
-def compile_blocks(model, dynamic: bool = False, graphs: bool = False) -> None:
+def compile_blocks(model, dynamic: bool = False) -> None:
     """torch.compile for every transformer block: they share one compiled graph, so compiling takes seconds, not minutes.
 
     dynamic: one graph for rows of every length, a little slower than one made for the only length there is.
-    graphs: each block's kernels are recorded once (CUDA graphs) and then started together; a small model's kernels are
-    shorter than the time that Python takes to start them. Call torch.compiler.cudagraph_mark_step_begin before each pass.
     """
     import torch
 
     blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     for block in blocks:
-        block.compile(dynamic=dynamic, mode="reduce-overhead" if graphs else "default")
+        block.compile(dynamic=dynamic)
+
+
+def most_scored(labels: list[list[int]], rows: int) -> int:
+    """The most places that a batch of so many rows can score."""
+    return sum(sorted(sum(label != -100 for label in row[1:]) for row in labels)[-rows:])
 
 
 @dataclass(frozen=True)
@@ -366,16 +376,20 @@ class PackedCollator:
     Rows with ``seq_lengths`` hold documents that stay apart: position_ids start at 0 in each, and ``document`` numbers them
     (padding counts as one more, with no labels). Others are one text each. They get no mask: padding follows the text,
     so no token of the text sees it, and a mask in some batches only would make torch compile the model twice.
-    ``rows``: a batch with fewer rows (an epoch's last) is filled up with padding, for the same reason.
-    ``scored`` lists the places to score: counted here, they need no waiting for the GPU.
+    ``places`` are those to score and ``targets`` what each is scored on, -100 for nothing: found here, they need no waiting
+    for the GPU. Where `rows` and `scored` are given, all batches have the same shapes: a batch with fewer rows (an epoch's
+    last) is filled up with padding, and the places with some that have no target, up to as many as `scored`; where that is
+    nearly every place, all are taken, with no ``places``.
     """
 
     pad_token_id: int
     width: int
     rows: int = 0
+    scored: int = 0
 
     def __call__(self, rows: list[dict]) -> dict:
         import torch
+        from torch.nn.functional import pad
 
         nothing = {"input_ids": [], "labels": [], "seq_lengths": []}
         rows = [*rows, *[nothing] * (self.rows - len(rows))]
@@ -385,7 +399,11 @@ class PackedCollator:
         for i, row in enumerate(rows):
             batch["input_ids"][i, :used[i]] = torch.tensor(row["input_ids"], dtype=torch.long)
             batch["labels"][i, :used[i]] = torch.tensor(row["labels"], dtype=torch.long)
-        batch["scored"] = scored_places(batch["labels"])
+        batch["targets"] = _targets(batch["labels"])
+        if self.scored < 0.9 * batch["targets"].numel():
+            places = (batch["targets"] != -100).nonzero()[:, 0]
+            more = max(0, self.scored - len(places))
+            batch["places"], batch["targets"] = pad(places, (0, more)), pad(batch["targets"][places], (0, more), value=-100)
         if "seq_lengths" in rows[0]:
             lengths = [[*row["seq_lengths"], self.width - n] for row, n in zip(rows, used, strict=True)]
             batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
@@ -437,29 +455,30 @@ def _targets(labels):
     return pad(labels[:, 1:], (0, 1), value=-100).flatten()
 
 
-def scored_places(labels):
-    """Indices into rows x length of the places that are scored."""
-    return (_targets(labels) != -100).nonzero()[:, 0]
-
-
 def completion_loss(model, inputs: dict, count=None, cross_entropy=summed_cross_entropy):
     """Cross-entropy over the scored places, computing the output head only there.
 
     The head is a quarter of a small model's arithmetic, and its logits (places x vocabulary) most of its memory; a
     prompt's places need neither. A hook in front of the head drops them inside the model's own forward, so it works
     for every architecture and under DistributedDataParallel. `count` divides the sum (default: scored places here).
+    inputs: from a `Collator`, or from a `PackedCollator`, which has found places and targets already.
     """
     import torch
 
-    places = inputs["scored"] if "scored" in inputs else scored_places(inputs["labels"])
+    places, targets = inputs.get("places"), inputs.get("targets")
+    if targets is None:
+        targets = _targets(inputs["labels"])
+        places = (targets != -100).nonzero()[:, 0]
+        targets = targets[places]
     head = getattr(model, "module", model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0].flatten(0, 1)[places], *arguments[1:]))
+    hook = head.register_forward_pre_hook(lambda module, arguments: (
+        arguments[0].flatten(0, 1) if places is None else arguments[0].flatten(0, 1)[places], *arguments[1:]))
     try:
         logits = model(input_ids=inputs["input_ids"], use_cache=False, **_attention_inputs(inputs)).logits
     finally:
         hook.remove()
-    total = cross_entropy(logits, _targets(inputs["labels"])[places])
-    count = len(places) if count is None else count
+    total = cross_entropy(logits, targets)
+    count = (targets != -100).sum() if count is None else count
     return total / torch.as_tensor(count).clamp(min=1)  # nothing to score is a loss of 0, not 0 / 0
 
 
@@ -479,10 +498,12 @@ def _trainer_class():
     import torch
     from trl import SFTTrainer
 
-    class CompletionTrainer(SFTTrainer):
-        """SFTTrainer whose loss skips the prompt's logits."""
+    from helpers.recorded import RecordedStep
 
-        cast, graphs, cross_entropy = False, False, staticmethod(summed_cross_entropy)
+    class CompletionTrainer(SFTTrainer):
+        """SFTTrainer whose loss skips the prompt's logits, and whose steps can be recorded."""
+
+        cast, records, recording, cross_entropy = False, False, None, staticmethod(summed_cross_entropy)
 
         def _get_train_sampler(self, train_dataset=None):
             rows = self.train_dataset if train_dataset is None else train_dataset
@@ -495,14 +516,23 @@ def _trainer_class():
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if self.graphs:
-                torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast("cuda", torch.bfloat16, enabled=self.cast):
                 loss = completion_loss(model, inputs, num_items_in_batch, self.cross_entropy)
             # num_items_in_batch counts the tokens of all workers, and the gradients are averaged over them.
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes
             return loss
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if not self.records:
+                return super().training_step(model, inputs, num_items_in_batch)
+            if not model.training:
+                model.train()  # walks through all modules, so not in every step
+            if self.recording is None:
+                self.recording = RecordedStep(lambda batch: self.compute_loss(model, batch, False, batch.get("count")),
+                                              [parameter for parameter in model.parameters() if parameter.requires_grad])
+            count = {} if num_items_in_batch is None else {"count": num_items_in_batch}
+            return self.recording(self._prepare_inputs(inputs) | count)
 
     return CompletionTrainer
 

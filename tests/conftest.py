@@ -17,19 +17,20 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (getattr(
         signal.signal(_number, _handler)
 
 
-def make_tiny(folder: Path, architecture: str = "llama") -> Path:
+def make_tiny(folder: Path, architecture: str = "llama", **changes) -> Path:
     """A random model of that architecture with the embedded base model's tokenizer: real code paths, little arithmetic."""
     import torch
-    from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MptConfig
+    from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig, MptConfig
 
     from helpers import base_models
 
     tokenizer = base_models.load_tokenizer()
     size, tokens = len(tokenizer), {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    llama = dict(vocab_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=128, max_position_embeddings=512, tie_word_embeddings=True)
     config = {
-        "llama": lambda: LlamaConfig(vocab_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                     num_key_value_heads=2, intermediate_size=128, max_position_embeddings=512,
-                                     tie_word_embeddings=True, **tokens),
+        "llama": lambda: LlamaConfig(**llama, **tokens, **changes),
+        "mistral": lambda: MistralConfig(**llama, **tokens, **changes),
         "bloom": lambda: BloomConfig(vocab_size=size, hidden_size=64, n_layer=2, n_head=4, **tokens),
         "mpt": lambda: MptConfig(vocab_size=size, d_model=64, n_layers=2, n_heads=4, **tokens),
     }[architecture]()

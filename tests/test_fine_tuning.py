@@ -1,5 +1,6 @@
 """Fine-tuning: configs checked before anything is loaded, the loss is the loss, killed runs go on, adapters publish whole."""
 
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import torch
 from conftest import make_tiny
 from datasets import Dataset
 
-from helpers import WorkbookError, base_models, data, fine_tuning, tasks
+from helpers import WorkbookError, base_models, data, fine_tuning, recorded, tasks
 from helpers.practice import practice_rows
 
 
@@ -97,38 +98,96 @@ def test_wrapped_rows_are_one_text_each_and_keep_every_token(architecture, reque
     collate = fine_tuning.PackedCollator(tokenizer.pad_token_id, 256)
     whole, padded = collate(rows[:2]), collate(rows[-2:])
     assert whole.keys() == padded.keys(), "a compiled model would be compiled again for the one row that is short"
+    expected = []
     for batch, last in ((whole, 256), (padded, len(rows[-1]["input_ids"]))):
         assert batch["input_ids"].shape == (2, 256) and "document" not in batch
-        places = batch.pop("scored")
         mask = (torch.arange(256) < torch.tensor([[256], [last]])).long()
         with torch.inference_mode():
-            expected = model(**batch, attention_mask=mask).loss.item()
-            got = fine_tuning.completion_loss(model, batch | {"scored": places}).item()
-        assert got == pytest.approx(expected, abs=2e-6)
+            expected.append(model(input_ids=batch["input_ids"], labels=batch["labels"], attention_mask=mask).loss.item())
+            assert fine_tuning.completion_loss(model, batch).item() == pytest.approx(expected[-1], abs=2e-6)
+    assert recorded.use_plain_causal_attention(model) == (architecture == "tiny")  # BLOOM has its own
+    for batch, loss in zip((whole, padded), expected, strict=True):
+        with torch.inference_mode():
+            assert fine_tuning.completion_loss(model, batch).item() == pytest.approx(loss, abs=2e-6)
 
 
-@pytest.mark.parametrize("strategy", ["wrapped", "bfd"])
-def test_a_short_batch_is_filled_up_and_scores_the_same(strategy, tiny):
+def test_plain_causal_attention_leaves_masks_and_generation_as_they_were(tiny):
+    """Only a batch with neither mask nor cache is changed, and it sees no future."""
+    model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
+    ids = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * 5 + [1] * 11, [1] * 16])
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+
+    def results():
+        with torch.inference_mode():
+            return [model(ids, attention_mask=mask, use_cache=False).logits, model(ids, use_cache=False).logits,
+                    model.generate(ids, attention_mask=mask, **settings), model.generate(ids, **settings)]
+
+    before = results()
+    assert recorded.use_plain_causal_attention(model)
+    for one, other in zip(before, results(), strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.inference_mode():
+        changed = torch.cat([ids[:, :-1], ids[:, -1:] + 1], dim=1)
+        torch.testing.assert_close(model(changed, use_cache=False).logits[:, :-1], before[1][:, :-1])
+
+
+def test_layers_that_see_a_window_keep_their_mask(tmp_path):
+    model, _ = base_models.load(str(make_tiny(tmp_path / "windowed", "mistral", sliding_window=8)), dtype=torch.float32,
+                                device="cpu")
+    assert not recorded.use_plain_causal_attention(model) and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("strategy", "completion_only"), [("wrapped", True), ("wrapped", False), ("bfd", True), ("bfd", False)])
+def test_batches_of_one_shape_score_the_same(strategy, completion_only, tiny):
+    """Short batches are filled up with padding, and scored places with some that count for nothing."""
     model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
+    if not completion_only:
+        encoded = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in encoded]
     rows = list(fine_tuning.pack(Dataset.from_list(encoded), 256, strategy))
-    short, full = (fine_tuning.PackedCollator(tokenizer.pad_token_id, 256, rows_a_batch) for rows_a_batch in (0, 4))
-    shapes = [{name: tensor.shape for name, tensor in full(rows[:n]).items() if name != "scored"} for n in (1, 2, 4)]
+    most = fine_tuning.most_scored([row["labels"] for row in rows], 4)
+    assert most == max(len(fine_tuning.PackedCollator(0, 256)(list(four))["places"])
+                       for four in itertools.combinations(rows, 4))
+    loose, fixed = (fine_tuning.PackedCollator(tokenizer.pad_token_id, 256, *given) for given in ((), (4, most)))
+    shapes = [{name: tensor.shape for name, tensor in fixed(rows[:n]).items()} for n in (1, 2, 4)]
     assert shapes[0] == shapes[1] == shapes[2] and shapes[0]["input_ids"] == (4, 256)
+    assert ("places" in shapes[0]) == completion_only and shapes[0]["targets"] == ((most,) if completion_only else (1024,))
     with torch.inference_mode():
-        losses = [fine_tuning.completion_loss(model, collate(rows[:2])).item() for collate in (short, full)]
-        nothing = fine_tuning.completion_loss(model, full([]))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and nothing.item() == 0
+        losses = [fine_tuning.completion_loss(model, collate(rows[:2])).item() for collate in (loose, fixed)]
+        nothing = fine_tuning.completion_loss(model, fixed([]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and nothing.item() == 0
 
 
-def test_graphs_are_recorded_only_where_nothing_changes_between_steps(tiny):
+def test_steps_are_recorded_only_where_nothing_changes_between_them(tiny):
     good = {"packing": "wrapped", "compile": True}
-    assert fine_tuning.records_graphs(config(tiny, **good), 1, "llama")
-    assert fine_tuning.records_graphs(config(tiny, **good), 1, "bloom")
-    assert fine_tuning.records_graphs(config(tiny, **good | {"packing": "documents"}), 1, "llama")
+    assert fine_tuning.records_steps(config(tiny, **good), 1, "llama")
+    assert fine_tuning.records_steps(config(tiny, **good), 1, "bloom")
+    assert fine_tuning.records_steps(config(tiny, **good | {"packing": "documents"}), 1, "llama")
     for changes, world, kind in (({"packing": "none"}, 1, "llama"), ({"packing": "documents"}, 1, "bloom"), ({}, 2, "llama"),
                                  ({"gradient_accumulation": 2}, 1, "llama"), ({"gradient_checkpointing": True}, 1, "llama")):
-        assert not fine_tuning.records_graphs(config(tiny, **good | changes), world, kind), changes
+        assert not fine_tuning.records_steps(config(tiny, **good | changes), world, kind), changes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+@pytest.mark.parametrize(("architecture", "changes"), [
+    ("tiny", {}), ("tiny_bloom", {}), ("tiny", {"packing": "documents"}), ("tiny", {"precision": "4bit"}),
+    ("tiny_bloom", {"precision": "4bit"}), ("tiny", {"completion_only": False})])
+def test_a_recorded_run_learns_what_an_unrecorded_one_does(architecture, changes, request, tmp_path, monkeypatch):
+    """Same losses step by step, in both architectures; rows differ from step to step, so a graph stuck on one batch shows."""
+    chosen = config(request.getfixturevalue(architecture), **{"packing": "wrapped", "precision": "full", "compile": True,
+                                                              "max_steps": 12, "max_length": 256, "batch_size": 2,
+                                                              "learning_rate": 1e-2, **changes})
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    with_graph = fine_tuning.fine_tune(chosen, tmp_path / "recorded")["loss_log"]
+    assert len(replays) == 9 and len(set(map(id, replays))) == 1, "three steps warm up, one recording serves all others"
+    monkeypatch.setattr(fine_tuning, "records_steps", lambda *_: False)
+    without = fine_tuning.fine_tune(chosen, tmp_path / "not")["loss_log"]
+    assert len(replays) == 9 and len({loss for _, loss in with_graph}) == 12
+    for (_, one), (_, other) in zip(with_graph, without, strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
 
 
 def test_a_model_without_positions_is_not_packed(tmp_path):
