@@ -3,16 +3,23 @@
     python tests/benchmarks/training.py --json training.json               # any machine: short rows of a task, embedded base
     python tests/benchmarks/training.py --suite packed --json packed.json  # a GPU: rows of 1,024 tokens, every one scored
     python tests/benchmarks/training.py --suite bloom --json bloom.json    # a GPU: the reference's recipe, bloom-1b1's shape
+    python tests/benchmarks/training.py --suite trio --json trio.json      # a GPU: its three jobs as a whole, once, 5 minutes
 
 Every variant of a suite trains the same practice rows for the same number of optimizer steps of as many rows; the first steps
 warm up and do not count. Printed: median of the repeats and their range, ratios within this run, the loss at the end, peak
 memory of a GPU, or, on a CPU, the share of the rate that plain float32 matrix products reach in the same run.
 bloom-1b1 itself is not needed: a model of its shape with random weights costs the same time.
+Unsloth asks for older libraries: `--unsloth "COMMAND"` adds it to the packed suite, where COMMAND starts a Python that has it.
 """
 
 import argparse
+import functools
 import gc
+import json
+import math
+import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +34,8 @@ from helpers import base_models, cards, data, fine_tuning, tasks  # noqa: E402
 from helpers.practice import practice_rows  # noqa: E402
 
 SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 18, "warm_up": 6},
-          "bloom": {"rows": 4, "steps": 24, "warm_up": 8}}
+          "bloom": {"rows": 4, "steps": 24, "warm_up": 8}, "trio": {"rows": 4, "steps": 2, "warm_up": 1}}
+TRIO = {"instruct": 4_400_000, "sql": 11_100_000, "detox": 3_000_000}  # tokens of the reference's three jobs
 
 
 def stock(arguments, rows, folder, precision="4bit", plain_attention=False, packed=False, **settings):
@@ -78,9 +86,31 @@ def ours(arguments, rows, folder, plain_attention=False, **changes):
     return fine_tuning.make_trainer(config, model, tokenizer, encoded, folder)
 
 
+def unsloth(arguments, rows, precision: str) -> dict:
+    """Unsloth on the rows that `ours` gets, in a Python of its own; the same record as `measure` gives."""
+    from datasets import Dataset
+    from safetensors.torch import save_file
+
+    encoded, _ = data.encode_rows(base_models.load_tokenizer(), tasks.get_task("sql"), rows, arguments.width)
+    stream = Dataset.from_list([{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in encoded])
+    packed = [row for row in fine_tuning.pack(stream, arguments.width, "wrapped") if len(row["labels"]) == arguments.width]
+    with tempfile.TemporaryDirectory() as folder:
+        file, out = Path(folder, "rows.safetensors"), Path(folder, "result.json")
+        save_file({name: torch.tensor([row[name] for row in packed]) for name in ("input_ids", "labels")}, file)
+        options = {"base": base_models.fetch(arguments.base_model), "rows-file": file, "json": out, "precision": precision,
+                   "rows": arguments.rows, "steps": arguments.steps, "warm-up": arguments.warm_up}
+        command = [*shlex.split(arguments.unsloth), str(Path(__file__).with_name("unsloth_steps.py")),
+                   *[word for name, value in options.items() for word in (f"--{name}", str(value))]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed: {(done.stdout + done.stderr)[-3000:]}")
+        return json.loads(out.read_text())
+
+
 def variants(arguments) -> dict:
+    """Name -> a call with arguments and rows that trains and returns a record, as `measure` does."""
     def of(make, **settings):
-        return lambda *given: make(*given, **settings)
+        return functools.partial(measure, functools.partial(make, **settings))
 
     if arguments.suite == "rows":
         return {"TRL defaults": of(stock), "workbook, 4 bits": of(ours), "workbook, full precision": of(ours, precision="full")}
@@ -88,13 +118,15 @@ def variants(arguments) -> dict:
         packed = {"packing": "wrapped", "max_length": arguments.width, "completion_only": False, "rank": 16,
                   "schedule": "constant", "learning_rate": 2e-4}
         apart = packed | {"packing": "documents"}
+        other = {"Unsloth": functools.partial(unsloth, precision="full"),
+                 "Unsloth, 4 bits": functools.partial(unsloth, precision="4bit")} if arguments.unsloth else {}
         return {"TRL defaults, bfloat16": of(stock, packed=True, precision="full"),
                 "TRL, no checkpointing": of(stock, packed=True, precision="full", gradient_checkpointing=False),
                 "workbook": of(ours, **packed, precision="full"),
                 "workbook, compiled": of(ours, **packed, precision="full", compile=True),
                 "compiled, documents apart": of(ours, **apart, precision="full", compile=True),
                 "TRL, no checkpointing, 4 bits": of(stock, packed=True, gradient_checkpointing=False),
-                "workbook, compiled, 4 bits": of(ours, **packed, precision="4bit", compile=True)}
+                "workbook, compiled, 4 bits": of(ours, **packed, precision="4bit", compile=True)} | other
     # The reference's step is 1 row x 4 accumulated passes; the others make the same step of 4 rows in one pass.
     one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": arguments.rows,
                   "optim": "paged_adamw_32bit", "lr_scheduler_type": "constant"}
@@ -104,6 +136,30 @@ def variants(arguments) -> dict:
             "workbook": of(ours, **same, precision="full"),
             "workbook, compiled": of(ours, **same, precision="full", compile=True),
             "workbook, compiled, 4 bits": of(ours, **same, precision="4bit", compile=True)}
+
+
+def trio(arguments) -> None:
+    """The reference's three jobs one after the other: as many tokens as its own, practice rows over and over."""
+    result = {"hardware": base_models.hardware(), "torch": torch.__version__, "jobs": {},
+              "command": "python tests/benchmarks/training.py --suite trio"}
+    for task, tokens in TRIO.items():
+        begin = time.perf_counter()
+        config = fine_tuning.FineTuneConfig.from_parameters(
+            task=task, base_model=arguments.base_model, preset="reference", precision="full", batch_size=arguments.rows,
+            gradient_accumulation=1, optimizer="adamw_torch", compile=True, max_length=arguments.width, checkpoint_steps=500,
+            max_steps=math.ceil(tokens / (arguments.rows * arguments.width)))
+        with tempfile.TemporaryDirectory() as folder:
+            one = fine_tuning.fine_tune(config, Path(folder, "run"))
+        result["jobs"][task] = {"tokens": tokens, "steps": one["steps"], "seconds": time.perf_counter() - begin,
+                                "training_seconds": one["training_seconds"], "final_loss": one["final_loss"]}
+        for name in ("seconds", "training_seconds"):
+            result[name] = sum(job[name] for job in result["jobs"].values())
+        print(f"{task}: {result['jobs'][task]}", flush=True)
+        if arguments.json:
+            cards.write_json(arguments.json, result)
+        free_memory()
+    print(f"{result['hardware']}: {result['seconds']:.0f} s in all, {result['training_seconds']:.0f} s of training, "
+          "from the first step with its compiling to the last")
 
 
 def bloom_shape(folder: Path) -> str:
@@ -169,12 +225,16 @@ def measure(make, arguments, rows) -> dict:
     seconds = clock.moments[-1] - clock.moments[arguments.warm_up - 1]
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
     del trainer
-    torch.compiler.reset()  # compiled code keeps its model, and its recorded graphs their memory
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     last = loss[-max(1, len(loss) // 3):]
     return {"tokens_per_second": tokens / seconds, "loss": sum(last) / len(last), "first_loss": loss[0], "peak_gpu_gb": peak,
             "before_and_warm_up_seconds": clock.moments[arguments.warm_up - 1] - begin}
+
+
+def free_memory() -> None:
+    torch.compiler.reset()  # compiled code keeps its model
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def matrix_rate() -> float:
@@ -198,7 +258,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--warm-up", type=int, help="steps that do not count")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=[], help="variants to run, by the start of their names")
+    parser.add_argument("--unsloth", default="", help='command of a Python with Unsloth, for instance "/opt/unsloth/bin/python"')
+    parser.add_argument("--only", nargs="*", default=[], help="variants to run: their names, or how names start")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     for name, value in SUITES[arguments.suite].items():
@@ -207,22 +268,23 @@ def main() -> None:
     if arguments.steps <= arguments.warm_up or arguments.warm_up < 1:
         parser.error("--steps must be more than --warm-up, and --warm-up at least 1")
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.suite == "bloom":
+        if arguments.suite in ("bloom", "trio"):
             arguments.base_model = bloom_shape(Path(folder) / "bloom-1b1-shape")
-        run(arguments)
+        (trio if arguments.suite == "trio" else run)(arguments)
 
 
 def run(arguments) -> None:
     needed = arguments.steps * arguments.rows * arguments.width // 60  # a practice row has about 75 tokens
     rows = practice_rows("sql", "train", 64 if arguments.suite == "rows" else needed)
-    wanted = {name: make for name, make in variants(arguments).items()
-              if not arguments.only or name.startswith(tuple(arguments.only))}
+    known = variants(arguments)
+    starts = tuple(only for only in arguments.only if only not in known)
+    wanted = {name: one for name, one in known.items() if not arguments.only or name in arguments.only or name.startswith(starts)}
     found: dict[str, list[dict]] = {}
     rates = []
     for repeat in range(arguments.repeats):
         rates.append(matrix_rate())
-        for name, make in wanted.items():
-            found.setdefault(name, []).append(measure(make, arguments, rows))
+        for name, one in wanted.items():
+            found.setdefault(name, []).append(one(arguments, rows))
             print(f"repeat {repeat + 1}: {name}: {found[name][-1]}", flush=True)
             if arguments.json:  # a long run that is cut short has lost nothing
                 cards.write_json(arguments.json, summary(arguments, found, rates))
@@ -241,7 +303,7 @@ def summary(arguments, found: dict[str, list[dict]], rates: list[float]) -> dict
     first = statistics.median(run["tokens_per_second"] for run in next(iter(found.values())))
     # A token passes the frozen layers once forward and once backward: 2 + 2 FLOP a weight. The head is not counted.
     layers = 4 * sum(out * into for out, into in _layers(arguments.base_model))
-    kept = {name: value for name, value in vars(arguments).items() if name not in ("json", "base_model")}
+    kept = {name: value for name, value in vars(arguments).items() if name not in ("json", "base_model", "unsloth")}
     only = " --only " + " ".join(f'"{name}"' for name in arguments.only) if arguments.only else ""
     result = {"hardware": base_models.hardware(), "torch": torch.__version__, "arguments": kept,
               "command": f"python tests/benchmarks/training.py --suite {arguments.suite}{only}",
