@@ -490,15 +490,43 @@ class AdapterBank:
             # PEFT computes LoRA in float32 (it casts 16-bit adapters when it loads them); so does the bank.
             tensors = {name: tensor.to(self.model.device).float() for name, tensor in tensors.items()}
             if isinstance(self.model, PeftModel):
-                self.model.add_adapter(key, config, low_cpu_mem_usage=True)
+                self._add(key, config, checked.modules, tensors)
             else:
                 self.model = PeftModel(self.model, config, adapter_name=key, low_cpu_mem_usage=True)
-            set_peft_model_state_dict(self.model, tensors, adapter_name=key, low_cpu_mem_usage=True)
-            self.model.requires_grad_(False).eval()
+                set_peft_model_state_dict(self.model, tensors, adapter_name=key, low_cpu_mem_usage=True)
+                self.model.requires_grad_(False).eval()
+                self._collect_layers()
             self._keys[info.name] = key
             self.adapters[info.name] = dataclasses.replace(checked, name=info.name, title=info.title)
-            self._collect_layers()
         return time.perf_counter() - start
+
+    def _add(self, key: str, config, modules: tuple[str, ...], tensors: dict) -> None:
+        """What PEFT's add_adapter and set_peft_model_state_dict do for plain LoRA, in the adapter's own layers only.
+
+        PEFT 0.21 walks through the modules of all resident adapters, and compares each with every adapted layer: the 100th
+        adapter took 6 s (`tests/benchmarks/growth.py`). A layer that is new to LoRA is created as PEFT creates it.
+        """
+        import torch
+        from accelerate import init_empty_weights
+
+        tuner, layers = self.model.base_model, []
+        self.model.peft_config[key] = config
+        for name in modules:
+            parent, _, last = name.rpartition(".")
+            with init_empty_weights():
+                tuner._create_and_replace(config, key, tuner.model.get_submodule(name), last, tuner.model.get_submodule(parent),
+                                          current_key=name)
+            layers.append(layer := tuner.model.get_submodule(name))
+            if layer.training:  # it is new
+                layer.eval()
+            for part in ("lora_A", "lora_B"):
+                linear = getattr(layer, part)[key].eval()
+                linear.weight = torch.nn.Parameter(tensors[f"base_model.model.{name}.{part}.weight"], requires_grad=False)
+        tuner.targeted_module_names[:] = dict.fromkeys([*tuner.targeted_module_names, *modules])
+        self._layers = list(dict.fromkeys([*self._layers, *layers]))
+        self._joined.clear()
+        self._share_pointer()
+        self._flip(self.active)
 
     def _key(self, name: str) -> str:
         """A name that PEFT can take: no dots or slashes, and nothing that looks like its own tensor names."""

@@ -49,7 +49,8 @@ class FineTuneConfig:
     Sizes: max_rows (-1: all rows of the split), max_length in tokens, batch_size in rows per worker and forward pass.
     packing: "none" pads rows of like length; "documents" puts several into one row of max_length tokens, where each sees
     only itself; "wrapped" cuts one long stream into rows, documents and all (the reference's way).
-    compile: torch.compile for the transformer blocks; it pays on a GPU in runs of minutes.
+    compile: torch.compile for the transformer blocks, and for packed rows on one GPU a step as one recorded CUDA graph; it
+    pays on a GPU in runs of minutes.
     alpha scales the update by alpha / rank (LoRA, arXiv:2106.09685, section 4.1).
     """
 

@@ -27,7 +27,10 @@ class RecordedStep:
         self.calls, self.graph = 0, None
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss, detached; gradients are then in the parameters' ``grad``, which must be None before."""
+        """The loss, detached; gradients are then in the parameters' ``grad``, which must be None before.
+
+        Raises ValueError for a batch of another shape than the recorded one.
+        """
         self.calls += 1
         if self.calls <= self.warm_up:
             loss = self.loss_of(batch)
@@ -36,6 +39,9 @@ class RecordedStep:
         if self.graph is None:
             self._record(batch)
         for name, place in self.batch.items():
+            if place.shape != batch[name].shape:  # copy_ would spread a smaller one over the place
+                raise ValueError(f"The step was recorded with {name} of shape {tuple(place.shape)}, and this batch has "
+                                 f"{tuple(batch[name].shape)}: batches must have one shape.")
             place.copy_(batch[name])
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):

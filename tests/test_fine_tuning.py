@@ -1,5 +1,6 @@
 """Fine-tuning: configs checked before anything is loaded, the loss is the loss, killed runs go on, adapters publish whole."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -167,6 +168,31 @@ def test_steps_are_recorded_only_where_nothing_changes_between_them(tiny):
     for changes, world, kind in (({"packing": "none"}, 1, "llama"), ({"packing": "documents"}, 1, "bloom"), ({}, 2, "llama"),
                                  ({"gradient_accumulation": 2}, 1, "llama"), ({"gradient_checkpointing": True}, 1, "llama")):
         assert not fine_tuning.records_steps(config(tiny, **good | changes), world, kind), changes
+
+
+def test_a_recording_gets_every_batch_and_hands_out_its_gradients(monkeypatch):
+    """The bookkeeping around a graph, with one that computes on a CPU; the test below records a real one where there is a GPU."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def loss_of(batch):
+        return (weight * batch["x"]).sum() * batch["count"]
+
+    class Graph:
+        def replay(self):
+            step.loss.copy_(loss_of(step.batch).detach())
+            step.gradients[0].copy_(step.batch["x"].sum(0) * step.batch["count"])
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    step = recorded.RecordedStep(loss_of, [weight], warm_up=2)
+    for i in range(5):
+        batch = {"x": torch.tensor([[1.0 + i, 2.0], [0.5, 3.0 * i]]), "count": torch.tensor(0.5)}
+        loss = step(batch)
+        assert loss == loss_of(batch) and not loss.requires_grad and (step.graph is not None) == (i >= 2)
+        torch.testing.assert_close(weight.grad, batch["x"].sum(0) / 2)
+        weight.grad = None  # as a trainer does
+    with pytest.raises(ValueError, match=r"recorded with x of shape \(2, 2\), and this batch has \(1, 2\)"):
+        step({**batch, "x": batch["x"][:1]})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")

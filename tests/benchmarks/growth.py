@@ -24,7 +24,7 @@ from helpers import base_models, cards  # noqa: E402
 START = {"rank": 16, "rows": 4, "length": 64}
 CURVES = {"rank": [4, 16, 64, 256], "rows": [1, 4, 16], "length": [32, 128, 512]}
 BASES = {"length": {"rows": 2}}  # long rows in a smaller batch
-ADAPTERS = [3, 30]  # PEFT walks all resident adapters to add one: the time to load n grows with n squared
+ADAPTERS = [3, 30, 300]
 
 
 def peak_bytes() -> int:
@@ -65,7 +65,7 @@ def train(rank: int, rows: int, length: int, steps: int) -> dict:
 
 
 def swap(count: int, rounds: int = 200) -> dict:
-    """Milliseconds of a swap with `count` adapters resident."""
+    """Milliseconds of a swap with `count` adapters resident, and of loading the last of them."""
     import tempfile
 
     import torch
@@ -78,14 +78,15 @@ def swap(count: int, rounds: int = 200) -> dict:
         bank = adapters.AdapterBank()
         infos = adapters.discover(bank.base_name, Path(folder), Path(folder) / "none").adapters
         for i in range(count):
-            bank.load(dataclasses.replace(infos[i % len(infos)], name=f"adapter-{i}"))
+            loading = bank.load(dataclasses.replace(infos[i % len(infos)], name=f"adapter-{i}"))
         times = []
         order = torch.randint(count, (rounds,), generator=torch.Generator().manual_seed(0)).tolist()
         for i in order:
             begin = time.perf_counter()
             bank.swap(f"adapter-{i}")
             times.append(1e3 * (time.perf_counter() - begin))
-    return {"swap_ms": statistics.median(times), "swap_p99_ms": sorted(times)[-(-99 * rounds // 100) - 1]}
+    return {"swap_ms": statistics.median(times), "swap_p99_ms": sorted(times)[-(-99 * rounds // 100) - 1],
+            "last_load_ms": 1e3 * loading, "peak_bytes": peak_bytes()}
 
 
 def point(**settings) -> dict:
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-adapters", action="store_true", help="leave out the swaps")
+    parser.add_argument("--only", nargs="*", default=[*CURVES, "adapters"], help="curves to measure; others in --json stay")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.point:
@@ -109,6 +110,9 @@ def main() -> None:
         print(json.dumps(swap(settings["adapters"]) if "adapters" in settings else train(**settings)))
         return
     found: dict[str, dict] = {}
+    if arguments.json and arguments.json.exists():
+        found = {name: curve for name, curve in json.loads(arguments.json.read_text())["curves"].items()
+                 if name not in arguments.only}
     command = f"python tests/benchmarks/growth.py --rounds {arguments.rounds} --steps {arguments.steps}"
 
     def keep(name: str, value: int, said: str, **settings) -> None:
@@ -121,12 +125,12 @@ def main() -> None:
                                               "bases": BASES, "curves": found})
 
     for _ in range(arguments.rounds):
-        for name, values in CURVES.items():
-            for value in values:
+        for name in [name for name in CURVES if name in arguments.only]:
+            for value in CURVES[name]:
                 settings = START | BASES.get(name, {}) | {name: value, "steps": arguments.steps}
                 keep(name, value, "{tokens_per_second:,.0f} tokens/s, {peak_bytes:,} bytes", **settings)
-    for count in [] if arguments.no_adapters else ADAPTERS:  # each is the median of 200 swaps already
-        keep("adapters", count, "swap {swap_ms:.4f} ms", adapters=count)
+    for count in ADAPTERS if "adapters" in arguments.only else []:  # each is the median of 200 swaps already
+        keep("adapters", count, "swap {swap_ms:.4f} ms, last load {last_load_ms:.0f} ms", adapters=count)
 
 
 if __name__ == "__main__":
