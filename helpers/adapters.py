@@ -490,7 +490,13 @@ class AdapterBank:
             # PEFT computes LoRA in float32 (it casts 16-bit adapters when it loads them); so does the bank.
             tensors = {name: tensor.to(self.model.device).float() for name, tensor in tensors.items()}
             if isinstance(self.model, PeftModel):
-                self._add(key, config, checked.modules, tensors)
+                try:
+                    self._add(key, config, checked.modules, tensors)
+                except BaseException:  # an interrupt too: half an adapter would act, for the base model as well
+                    self._flip(None)
+                    self.model.delete_adapter(key)
+                    self._collect_layers()
+                    raise
             else:
                 self.model = PeftModel(self.model, config, adapter_name=key, low_cpu_mem_usage=True)
                 set_peft_model_state_dict(self.model, tensors, adapter_name=key, low_cpu_mem_usage=True)
@@ -503,8 +509,8 @@ class AdapterBank:
     def _add(self, key: str, config, modules: tuple[str, ...], tensors: dict) -> None:
         """What PEFT's add_adapter and set_peft_model_state_dict do for plain LoRA, in the adapter's own layers only.
 
-        PEFT 0.21 walks through the modules of all resident adapters, and compares each with every adapted layer: the 100th
-        adapter took 6 s (`tests/benchmarks/growth.py`). A layer that is new to LoRA is created as PEFT creates it.
+        PEFT 0.21 walks through the modules of all resident adapters, and compares each with every adapted layer: with 100 of
+        them that takes seven times as long as this. A layer that is new to LoRA is created as PEFT creates it.
         """
         import torch
         from accelerate import init_empty_weights
@@ -517,8 +523,7 @@ class AdapterBank:
                 tuner._create_and_replace(config, key, tuner.model.get_submodule(name), last, tuner.model.get_submodule(parent),
                                           current_key=name)
             layers.append(layer := tuner.model.get_submodule(name))
-            if layer.training:  # it is new
-                layer.eval()
+            (layer if layer.training else layer.lora_dropout[key]).eval()  # a layer that is new to LoRA, or what is new in it
             for part in ("lora_A", "lora_B"):
                 linear = getattr(layer, part)[key].eval()
                 linear.weight = torch.nn.Parameter(tensors[f"base_model.model.{name}.{part}.weight"], requires_grad=False)

@@ -225,6 +225,8 @@ def train(config: FineTuneConfig, run_dir: Path) -> dict:
         raise WorkbookError(f"The GPU's memory is too small for batch_size={config.batch_size} and max_length="
                             f"{config.max_length}: lower batch_size (and raise gradient_accumulation by the same factor), "
                             "or lower max_length.") from error
+    finally:
+        trainer.recording = None  # a graph keeps its memory, and the trainer that it knows keeps the graph
     return _finish_training(config, trainer, run_dir, rows, len(encoded), left_out, world)
 
 
@@ -291,6 +293,8 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps, save_total_limit=2,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, dataloader_num_workers=2 if cuda else 0,
         dataloader_persistent_workers=cuda, ddp_find_unused_parameters=False)
+    if cuda:
+        arguments._n_gpu = 1  # transformers would spread one worker over all the GPUs that it sees
     arguments.mixed_precision = "fp16" if arguments.fp16 else "no"  # not what accelerate's variables in the environment say
     collator = Collator(tokenizer.pad_token_id)
     if packed:
@@ -345,11 +349,12 @@ def records_steps(config: FineTuneConfig, world: int, model_type: str) -> bool:
     """Whether steps are recorded as a CUDA graph (helpers.recorded): where all have the same shapes, as only packed rows have.
 
     Not with accumulation, as a replay writes gradients and does not add to them; nor with several workers, whose gradients
-    DistributedDataParallel exchanges; nor with checkpointing, which keeps the state of the random numbers on the host; nor for
-    BLOOM's documents: the one recording that was tried on a GPU failed, and its cure has only been tried on a CPU.
+    DistributedDataParallel exchanges; nor with checkpointing, which keeps the state of the random numbers on the host. And only
+    models that have been recorded on a GPU: others may wait for the GPU somewhere, which ends a recording with an error (so
+    ended BLOOM's documents, once; the cure has not been on a GPU).
     """
-    untried = config.packing == "documents" and model_type == "bloom"
-    return (config.packing != "none" and not untried and world == 1 and config.gradient_accumulation == 1
+    tried = {"llama": ("wrapped", "documents"), "bloom": ("wrapped",)}
+    return (config.packing in tried.get(model_type, ()) and world == 1 and config.gradient_accumulation == 1
             and not config.gradient_checkpointing)
 
 
@@ -527,9 +532,8 @@ def _trainer_class():
         def training_step(self, model, inputs, num_items_in_batch=None):
             if not self.records:
                 return super().training_step(model, inputs, num_items_in_batch)
-            if not model.training:
-                model.train()  # walks through all modules, so not in every step
             if self.recording is None:
+                model.train()  # walks through all modules, so not in every step
                 self.recording = RecordedStep(lambda batch: self.compute_loss(model, batch, False, batch.get("count")),
                                               [parameter for parameter in model.parameters() if parameter.requires_grad])
             count = {} if num_items_in_batch is None else {"count": num_items_in_batch}

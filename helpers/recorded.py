@@ -29,7 +29,7 @@ class RecordedStep:
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss, detached; gradients are then in the parameters' ``grad``, which must be None before.
 
-        Raises ValueError for a batch of another shape than the recorded one.
+        Raises ValueError for a batch of other names or shapes than the recorded one.
         """
         self.calls += 1
         if self.calls <= self.warm_up:
@@ -38,10 +38,10 @@ class RecordedStep:
             return loss.detach()
         if self.graph is None:
             self._record(batch)
+        recorded, given = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (self.batch, batch))
+        if recorded != given:  # copy_ would spread a smaller tensor over the place of a larger one
+            raise ValueError(f"The step was recorded with batches of {recorded}, and this one is {given}: they must be alike.")
         for name, place in self.batch.items():
-            if place.shape != batch[name].shape:  # copy_ would spread a smaller one over the place
-                raise ValueError(f"The step was recorded with {name} of shape {tuple(place.shape)}, and this batch has "
-                                 f"{tuple(batch[name].shape)}: batches must have one shape.")
             place.copy_(batch[name])
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
@@ -61,22 +61,21 @@ class RecordedStep:
 
 
 def use_plain_causal_attention(model) -> bool:
-    """Let a batch without a mask mean plain causal attention, in a model that has been loaded with torch's fused attention.
+    """Let a batch without a mask mean plain causal attention, in a Llama that has been loaded with torch's fused attention.
 
     transformers looks into such a batch's positions for packed documents, which waits for the GPU in every step; while a graph
     is recorded it cannot look, and stores a mask of all pairs. An empty mask, (0, 0, 0, length), is passed through to here
-    instead. Returns whether the model could be changed: not where layers see a window only, which the mask would have said.
+    instead. Returns whether the model was changed: only Llama, which does nothing else with a mask. Other models find positions
+    in it, or the window that a layer sees.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    if model.config._attn_implementation != "sdpa" or getattr(model.config, "sliding_window", None):
+    if model.config.model_type != "llama" or model.config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        return False
     model.base_model.register_forward_pre_hook(_empty_mask, with_kwargs=True)  # PEFT passes the outer model's hooks by
     return True
 
@@ -91,7 +90,7 @@ def _attend(module, query, key, value, attention_mask, **options):
 
 def _empty_mask(model, arguments, options):
     ids = options.get("input_ids", arguments[0] if arguments else None)
-    if ids is not None and options.get("attention_mask") is None and options.get("past_key_values") is None \
-            and not options.get("use_cache"):
+    others = (options.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+    if ids is not None and not options.get("use_cache") and all(other is None for other in others):
         options["attention_mask"] = torch.empty(0, 0, 0, ids.shape[1], device=ids.device)
     return arguments, options

@@ -382,6 +382,48 @@ def test_loading_unloading_and_loading_again_keeps_every_adapter_exact(tiny, she
     assert logits(bank.model, bank).equal(expected["sql"])
 
 
+@pytest.mark.parametrize("precision", ["full", "4bit"])
+def test_a_second_adapter_with_layers_of_its_own_acts_alone_and_a_failed_one_not_at_all(tiny, tmp_path, monkeypatch, precision):
+    """An interrupt in the middle of loading leaves base model and adapters as they were, and the adapter can be loaded later."""
+    import torch
+    from peft.tuners.lora import LoraModel
+
+    for seed, (name, modules) in enumerate({"narrow": ["q_proj"], "wide": ["v_proj", "up_proj"]}.items()):
+        make_adapter(tiny, tmp_path / name, seed, modules=modules)
+    bank = adapters.AdapterBank(str(tiny), precision)
+    ids = bank.tokenizer(PROMPT, return_tensors="pt").input_ids
+    found = {name: adapters.read_adapter(tmp_path / name, str(tiny)) for name in ("narrow", "wide")}
+
+    def logits(name):
+        with bank.using(name) as model, torch.inference_mode():
+            return model(ids, use_cache=False).logits
+
+    bank.load(found["narrow"])
+    before = [logits(None), logits("narrow")]
+    create, calls = LoraModel._create_and_replace, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return create(*arguments, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LoraModel, "_create_and_replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bank.load(found["wide"])
+    assert list(bank.adapters) == ["narrow"] and torch.equal(logits(None), before[0]) and torch.equal(logits("narrow"), before[1])
+    bank.load(found["wide"])
+    assert torch.equal(logits(None), before[0]) and torch.equal(logits("narrow"), before[1])
+    alone = adapters.AdapterBank(str(tiny), precision)
+    alone.load(found["wide"])
+    with alone.using("wide") as model, torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits("wide"), expected)
+    assert not torch.allclose(expected, before[0], atol=1e-3)
+    assert not any(p.requires_grad for p in bank.model.parameters()) and not any(m.training for m in bank.model.modules())
+
+
 def test_unloading_frees_the_adapters_memory(bank):
     def count():
         return sum(p.numel() for p in bank.model.parameters())

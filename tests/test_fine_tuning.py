@@ -133,6 +133,26 @@ def test_plain_causal_attention_leaves_masks_and_generation_as_they_were(tiny):
         torch.testing.assert_close(model(changed, use_cache=False).logits[:, :-1], before[1][:, :-1])
 
 
+def test_a_recorded_run_trains_all_modules_in_training_mode(tiny, tmp_path):
+    chosen = config(tiny, packing="wrapped", max_length=256)
+    model, tokenizer = base_models.load(str(tiny))
+    encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 256)
+    trainer = fine_tuning.make_trainer(chosen, model, tokenizer, encoded, tmp_path)
+    trainer.records, seen = True, []  # three steps warm up before anything is recorded, so this runs on a CPU
+    loss_of = trainer.compute_loss
+
+    def noted(model, *given, **named):
+        seen.append({module.training for module in model.modules()})
+        return loss_of(model, *given, **named)
+
+    trainer.compute_loss = noted
+    batch = trainer.data_collator(list(trainer.train_dataset)[:2])
+    losses = [trainer.training_step(trainer.model, batch, torch.tensor(100.0)).item()]
+    trainer.records = False
+    losses.append(trainer.training_step(trainer.model, batch, torch.tensor(100.0)).item())
+    assert seen == [{True}, {True}] and losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_layers_that_see_a_window_keep_their_mask(tmp_path):
     model, _ = base_models.load(str(make_tiny(tmp_path / "windowed", "mistral", sliding_window=8)), dtype=torch.float32,
                                 device="cpu")
@@ -166,6 +186,7 @@ def test_steps_are_recorded_only_where_nothing_changes_between_them(tiny):
     assert fine_tuning.records_steps(config(tiny, **good), 1, "bloom")
     assert fine_tuning.records_steps(config(tiny, **good | {"packing": "documents"}), 1, "llama")
     for changes, world, kind in (({"packing": "none"}, 1, "llama"), ({"packing": "documents"}, 1, "bloom"), ({}, 2, "llama"),
+                                 ({}, 1, "mistral"),
                                  ({"gradient_accumulation": 2}, 1, "llama"), ({"gradient_checkpointing": True}, 1, "llama")):
         assert not fine_tuning.records_steps(config(tiny, **good | changes), world, kind), changes
 
@@ -191,8 +212,10 @@ def test_a_recording_gets_every_batch_and_hands_out_its_gradients(monkeypatch):
         assert loss == loss_of(batch) and not loss.requires_grad and (step.graph is not None) == (i >= 2)
         torch.testing.assert_close(weight.grad, batch["x"].sum(0) / 2)
         weight.grad = None  # as a trainer does
-    with pytest.raises(ValueError, match=r"recorded with x of shape \(2, 2\), and this batch has \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"recorded with batches of .*'x': \(2, 2\).* this one is .*'x': \(1, 2\)"):
         step({**batch, "x": batch["x"][:1]})
+    with pytest.raises(ValueError, match="must be alike"):
+        step({"x": batch["x"]})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")

@@ -3,7 +3,7 @@
     python tests/benchmarks/training.py --json training.json               # any machine: short rows of a task, embedded base
     python tests/benchmarks/training.py --suite packed --json packed.json  # a GPU: rows of 1,024 tokens, every one scored
     python tests/benchmarks/training.py --suite bloom --json bloom.json    # a GPU: the reference's recipe, bloom-1b1's shape
-    python tests/benchmarks/training.py --suite trio --json trio.json      # a GPU: its three jobs as a whole, once, 5 minutes
+    python tests/benchmarks/training.py --suite trio --json trio.json      # a GPU: its three jobs as a whole, once, minutes
 
 Every variant of a suite trains the same practice rows for the same number of optimizer steps of as many rows; the first steps
 warm up and do not count. Printed: median of the repeats and their range, ratios within this run, the loss at the end, peak
@@ -139,7 +139,8 @@ def variants(arguments) -> dict:
 
 
 def trio(arguments) -> None:
-    """The reference's three jobs one after the other: as many tokens as its own, practice rows over and over."""
+    """The reference's three jobs one after the other: as many tokens as its own, practice rows over and over. Totals in the JSON
+    file, when all are done."""
     result = {"hardware": base_models.hardware(), "torch": torch.__version__, "jobs": {},
               "command": "python tests/benchmarks/training.py --suite trio"}
     for task, tokens in TRIO.items():
@@ -152,8 +153,8 @@ def trio(arguments) -> None:
             one = fine_tuning.fine_tune(config, Path(folder, "run"))
         result["jobs"][task] = {"tokens": tokens, "steps": one["steps"], "seconds": time.perf_counter() - begin,
                                 "training_seconds": one["training_seconds"], "final_loss": one["final_loss"]}
-        for name in ("seconds", "training_seconds"):
-            result[name] = sum(job[name] for job in result["jobs"].values())
+        if len(result["jobs"]) == len(TRIO):
+            result |= {name: sum(job[name] for job in result["jobs"].values()) for name in ("seconds", "training_seconds")}
         print(f"{task}: {result['jobs'][task]}", flush=True)
         if arguments.json:
             cards.write_json(arguments.json, result)
@@ -278,6 +279,8 @@ def run(arguments) -> None:
     rows = practice_rows("sql", "train", 64 if arguments.suite == "rows" else needed)
     known = variants(arguments)
     starts = tuple(only for only in arguments.only if only not in known)
+    if nothing := [start for start in starts if not any(name.startswith(start) for name in known)]:
+        sys.exit(f"error: --only {nothing[0]!r} names no variant of the suite {arguments.suite}: it has {', '.join(known)}.")
     wanted = {name: one for name, one in known.items() if not arguments.only or name in arguments.only or name.startswith(starts)}
     found: dict[str, list[dict]] = {}
     rates = []
@@ -287,8 +290,8 @@ def run(arguments) -> None:
             found.setdefault(name, []).append(one(arguments, rows))
             print(f"repeat {repeat + 1}: {name}: {found[name][-1]}", flush=True)
             if arguments.json:  # a long run that is cut short has lost nothing
-                cards.write_json(arguments.json, summary(arguments, found, rates))
-    result = summary(arguments, found, rates)
+                cards.write_json(arguments.json, summary(arguments, found, rates, len(wanted)))
+    result = summary(arguments, found, rates, len(wanted))
     print(f"\n{result['hardware']}; float32 matrix products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
     for name, one in result["variants"].items():
         speeds = [each["tokens_per_second"] for each in one["runs"]]
@@ -298,13 +301,19 @@ def run(arguments) -> None:
               f"loss {one['runs'][0]['loss']:.4f}   {more}")
 
 
-def summary(arguments, found: dict[str, list[dict]], rates: list[float]) -> dict:
-    """What goes to the JSON file: every run, and of each variant the median, its ratio to the first variant's."""
+def summary(arguments, found: dict[str, list[dict]], rates: list[float], variants_wanted: int) -> dict:
+    """What goes to the JSON file: every run, and of each variant the median, its ratio to the first variant's.
+
+    Turns count that all variants have finished (in the first, every run).
+    """
+    finished = min(map(len, found.values())) if len(found) == variants_wanted else 1
+    found = {name: runs[:finished] for name, runs in found.items()}
     first = statistics.median(run["tokens_per_second"] for run in next(iter(found.values())))
     # A token passes the frozen layers once forward and once backward: 2 + 2 FLOP a weight. The head is not counted.
     layers = 4 * sum(out * into for out, into in _layers(arguments.base_model))
     kept = {name: value for name, value in vars(arguments).items() if name not in ("json", "base_model", "unsloth")}
     only = " --only " + " ".join(f'"{name}"' for name in arguments.only) if arguments.only else ""
+    only += ' --unsloth "…"' if arguments.unsloth else ""
     result = {"hardware": base_models.hardware(), "torch": torch.__version__, "arguments": kept,
               "command": f"python tests/benchmarks/training.py --suite {arguments.suite}{only}",
               "matrix_gflops": [rate / 1e9 for rate in rates], "variants": {}}
