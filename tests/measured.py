@@ -50,8 +50,9 @@ def speed() -> list[str]:
     unsloth = json.loads((BENCHMARKS / "packed.json").read_text())["variants"]["Unsloth"]["runs"][0]["versions"]
     return [*table, "", "Made by `python tests/benchmarks/training.py --suite …` and `python tests/measured.py`: *rows* trains "
             "short rows of the SQL task on the embedded base model, *packed* 32 rows of 1,024 tokens a step on the same, *bloom* "
-            "4 such rows on a model of bloom-1b1's shape. A ratio is to the first line of its benchmark. *packed* and *bloom* ran side "
-            "by side on two GPUs of one host, which may have slowed the lines that wait for Python (TRL's). Unsloth is release "
+            "4 such rows on a model of bloom-1b1's shape. A ratio is to the first line of its benchmark. *packed* and *bloom* "
+            "ran side by side on two GPUs of one host, which may have slowed the lines that wait for Python (TRL's). Unsloth is "
+            "release "
             f"{unsloth['unsloth']} with torch {unsloth['torch']}, without xformers, its activation checkpointing off."]
 
 
