@@ -509,8 +509,8 @@ class AdapterBank:
     def _add(self, key: str, config, modules: tuple[str, ...], tensors: dict) -> None:
         """What PEFT's add_adapter and set_peft_model_state_dict do for plain LoRA, in the adapter's own layers only.
 
-        PEFT 0.21 walks through the modules of all resident adapters, and compares each with every adapted layer: with 100 of
-        them that takes seven times as long as this. A layer that is new to LoRA is created as PEFT creates it.
+        PEFT 0.21 walks through the modules of all resident adapters, and compares each with every adapted layer: to load 100 took
+        seven times as long that way. A layer that is new to LoRA is created as PEFT creates it.
         """
         import torch
         from accelerate import init_empty_weights
