@@ -528,10 +528,7 @@ class AdapterBank:
                 linear = getattr(layer, part)[key].eval()
                 linear.weight = torch.nn.Parameter(tensors[f"base_model.model.{name}.{part}.weight"], requires_grad=False)
         tuner.targeted_module_names[:] = dict.fromkeys([*tuner.targeted_module_names, *modules])
-        self._layers = list(dict.fromkeys([*self._layers, *layers]))
-        self._joined.clear()
-        self._share_pointer()
-        self._flip(self.active)
+        self._use_layers(list(dict.fromkeys([*self._layers, *layers])))
 
     def _key(self, name: str) -> str:
         """A name that PEFT can take: no dots or slashes, and nothing that looks like its own tensor names."""
@@ -542,7 +539,10 @@ class AdapterBank:
     def _collect_layers(self) -> None:
         from peft.tuners.lora import LoraLayer
 
-        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        self._use_layers([module for module in self.model.modules() if isinstance(module, LoraLayer)])
+
+    def _use_layers(self, layers: list) -> None:
+        self._layers = layers
         self._joined.clear()
         self._share_pointer()
         self._flip(self.active)

@@ -15,6 +15,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
+from helpers.recorded import empty_mask
+
 NAME = "alibi_sdpa"  # under this name attention and mask are registered with transformers
 
 
@@ -111,13 +113,11 @@ class SameTypeNorm(torch.nn.LayerNorm):
 
 
 def _documents(model, arguments, options):
-    """Before the model's forward: a boolean mask (rows, 1, queries, keys) of one's own becomes the bias. No mask, and nothing
-    cached, becomes an empty one, which stands for: only the future is hidden."""
-    mask, ids = options.get("attention_mask"), options.get("input_ids", arguments[0] if arguments else None)
-    weights = options.get("output_attentions") or model.config.output_attentions
-    if mask is None and ids is not None and options.get("past_key_values") is None and not weights:
-        options["attention_mask"] = torch.empty(0, 0, 0, ids.shape[1], device=ids.device)
-    elif mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
+    """Before the model's forward: a boolean mask (rows, 1, queries, keys) of one's own becomes the bias, no mask an empty one."""
+    mask = options.get("attention_mask")
+    if mask is None and not (options.get("output_attentions") or model.config.output_attentions):
+        return empty_mask(model, arguments, options)
+    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
         options["attention_mask"] = bias(mask, model.num_heads, model.word_embeddings_layernorm.weight.dtype)
     return arguments, options
 

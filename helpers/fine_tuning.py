@@ -243,7 +243,6 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     output head only computes the positions that are scored.
     """
     import torch
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
@@ -262,14 +261,10 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     model = get_peft_model(model, lora)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows_a_step = config.batch_size * config.gradient_accumulation * world
-    if not config.completion_only:  # a document's first token has nothing before it that could predict it
-        encoded = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in encoded]
-    dataset = Dataset.from_list(encoded)
     packed = config.packing != "none"
     if config.packing == "documents":
         _refuse_mixed_documents(model, config.base_model)
-    if packed:
-        dataset = pack(dataset, config.max_length, {"documents": "bfd", "wrapped": "wrapped"}[config.packing])
+    dataset = dataset_of(config, encoded)
     if config.packing == "wrapped":
         from helpers import recorded
 
@@ -318,6 +313,18 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         raise WorkbookError(f"{world} workers were asked for and {trainer.accelerator.num_processes} started: this is a "
                             "fault of the launcher; start the job again.")
     return trainer
+
+
+def dataset_of(config: FineTuneConfig, encoded: list[dict]):
+    """What a run trains on: encoded rows with the labels that the config asks for, packed where it asks for that."""
+    from datasets import Dataset
+
+    if not config.completion_only:  # a document's first token has nothing before it that could predict it
+        encoded = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in encoded]
+    dataset = Dataset.from_list(encoded)
+    if config.packing == "none":
+        return dataset
+    return pack(dataset, config.max_length, {"documents": "bfd", "wrapped": "wrapped"}[config.packing])
 
 
 def pack(dataset, length: int, strategy: str):
@@ -407,9 +414,9 @@ class PackedCollator:
             batch["labels"][i, :used[i]] = torch.tensor(row["labels"], dtype=torch.long)
         batch["targets"] = _targets(batch["labels"])
         if self.scored < 0.9 * batch["targets"].numel():
-            places = (batch["targets"] != -100).nonzero()[:, 0]
+            places, targets = _scored(batch["targets"])
             more = max(0, self.scored - len(places))
-            batch["places"], batch["targets"] = pad(places, (0, more)), pad(batch["targets"][places], (0, more), value=-100)
+            batch["places"], batch["targets"] = pad(places, (0, more)), pad(targets, (0, more), value=-100)
         if "seq_lengths" in rows[0]:
             lengths = [[*row["seq_lengths"], self.width - n] for row, n in zip(rows, used, strict=True)]
             batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
@@ -461,6 +468,12 @@ def _targets(labels):
     return pad(labels[:, 1:], (0, 1), value=-100).flatten()
 
 
+def _scored(targets):
+    """Indices of the places that are scored, and their targets."""
+    places = (targets != -100).nonzero()[:, 0]
+    return places, targets[places]
+
+
 def completion_loss(model, inputs: dict, count=None, cross_entropy=summed_cross_entropy):
     """Cross-entropy over the scored places, computing the output head only there.
 
@@ -471,14 +484,12 @@ def completion_loss(model, inputs: dict, count=None, cross_entropy=summed_cross_
     """
     import torch
 
-    places, targets = inputs.get("places"), inputs.get("targets")
-    if targets is None:
-        targets = _targets(inputs["labels"])
-        places = (targets != -100).nonzero()[:, 0]
-        targets = targets[places]
+    if "targets" in inputs:
+        places, targets = inputs.get("places", slice(None)), inputs["targets"]
+    else:
+        places, targets = _scored(_targets(inputs["labels"]))
     head = getattr(model, "module", model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, arguments: (
-        arguments[0].flatten(0, 1) if places is None else arguments[0].flatten(0, 1)[places], *arguments[1:]))
+    hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0].flatten(0, 1)[places], *arguments[1:]))
     try:
         logits = model(input_ids=inputs["input_ids"], use_cache=False, **_attention_inputs(inputs)).logits
     finally:

@@ -76,7 +76,7 @@ def use_plain_causal_attention(model) -> bool:
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    model.base_model.register_forward_pre_hook(_empty_mask, with_kwargs=True)  # PEFT passes the outer model's hooks by
+    model.base_model.register_forward_pre_hook(empty_mask, with_kwargs=True)  # PEFT passes the outer model's hooks by
     return True
 
 
@@ -88,9 +88,11 @@ def _attend(module, query, key, value, attention_mask, **options):
     return sdpa_attention_forward(module, query, key, value, None if empty else attention_mask, **options)
 
 
-def _empty_mask(model, arguments, options):
+def empty_mask(model, arguments, options):
+    """Before a backbone's forward: no mask, no positions and nothing cached becomes an empty mask, (0, 0, 0, length), which
+    stands for: only the future is hidden."""
     ids = options.get("input_ids", arguments[0] if arguments else None)
     others = (options.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
-    if ids is not None and not options.get("use_cache") and all(other is None for other in others):
+    if ids is not None and all(other is None for other in others):
         options["attention_mask"] = torch.empty(0, 0, 0, ids.shape[1], device=ids.device)
     return arguments, options

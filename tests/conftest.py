@@ -31,8 +31,8 @@ def make_tiny(folder: Path, architecture: str = "llama", **changes) -> Path:
     config = {
         "llama": lambda: LlamaConfig(**llama, **tokens, **changes),
         "mistral": lambda: MistralConfig(**llama, **tokens, **changes),
-        "bloom": lambda: BloomConfig(vocab_size=size, hidden_size=64, n_layer=2, n_head=4, **tokens),
-        "mpt": lambda: MptConfig(vocab_size=size, d_model=64, n_layers=2, n_heads=4, **tokens),
+        "bloom": lambda: BloomConfig(vocab_size=size, hidden_size=64, n_layer=2, n_head=4, **tokens, **changes),
+        "mpt": lambda: MptConfig(vocab_size=size, d_model=64, n_layers=2, n_heads=4, **tokens, **changes),
     }[architecture]()
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

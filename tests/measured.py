@@ -39,21 +39,20 @@ def shipped() -> list[str]:
 def speed() -> list[str]:
     """A line per variant of the training benchmarks: the first of each file is what the others are compared with."""
     table = ["| benchmark | way to train | tokens/s, median [range] | ratio | runs |", "| --- | --- | ---: | ---: | ---: |"]
-    for name in ("training", "packed", "bloom"):
-        found = json.loads((BENCHMARKS / f"{name}.json").read_text())
+    files = {name: json.loads((BENCHMARKS / f"{name}.json").read_text()) for name in ("training", "packed", "bloom")}
+    for found in files.values():
         for way, one in found["variants"].items():
             speeds = [run["tokens_per_second"] for run in one["runs"]]
             share = one.get("share_of_matrix_rate")
             share = f"; {share:.0%} of the rate of float32 matrix products" if share else ""
             table.append(f"| {found['arguments']['suite']}, {found['hardware']} | {way} | {one['median']:,.0f} "
                          f"[{min(speeds):,.0f}, {max(speeds):,.0f}]{share} | x{one['ratio']:.2f} | {len(speeds)} |")
-    unsloth = json.loads((BENCHMARKS / "packed.json").read_text())["variants"]["Unsloth"]["runs"][0]["versions"]
+    unsloth = files["packed"]["variants"]["Unsloth"]["runs"][0]["versions"]
     return [*table, "", "Made by `python tests/benchmarks/training.py --suite …` and `python tests/measured.py`: *rows* trains "
             "short rows of the SQL task on the embedded base model, *packed* 32 rows of 1,024 tokens a step on the same, *bloom* "
             "4 such rows on a model of bloom-1b1's shape. A ratio is to the first line of its benchmark. *packed* and *bloom* "
             "ran side by side on two GPUs of one host, which may have slowed the lines that wait for Python (TRL's). Unsloth is "
-            "release "
-            f"{unsloth['unsloth']} with torch {unsloth['torch']}, without xformers, its activation checkpointing off."]
+            f"release {unsloth['unsloth']} with torch {unsloth['torch']}, without xformers, its activation checkpointing off."]
 
 
 def row(folder: Path) -> tuple[str, int]:

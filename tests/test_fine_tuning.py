@@ -177,7 +177,8 @@ def test_batches_of_one_shape_score_the_same(strategy, completion_only, tiny):
     with torch.inference_mode():
         losses = [fine_tuning.completion_loss(model, collate(rows[:2])).item() for collate in (loose, fixed)]
         nothing = fine_tuning.completion_loss(model, fixed([]))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and nothing.item() == 0
+    # All places of a row are summed in another order than those that are picked out.
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6 if completion_only else 4e-6) and nothing.item() == 0
 
 
 def test_steps_are_recorded_only_where_nothing_changes_between_them(tiny):

@@ -34,7 +34,7 @@ from helpers import base_models, cards, data, fine_tuning, tasks  # noqa: E402
 from helpers.practice import practice_rows  # noqa: E402
 
 SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 18, "warm_up": 6},
-          "bloom": {"rows": 4, "steps": 24, "warm_up": 8}, "trio": {"rows": 4, "steps": 2, "warm_up": 1}}
+          "bloom": {"rows": 4, "steps": 24, "warm_up": 8}, "trio": {"rows": 4}}
 TRIO = {"instruct": 4_400_000, "sql": 11_100_000, "detox": 3_000_000}  # tokens of the reference's three jobs
 
 
@@ -76,24 +76,28 @@ def transformers_own(name: str, precision: str):
     return model, base_models.load_tokenizer(name)
 
 
-def ours(arguments, rows, folder, plain_attention=False, **changes):
-    """This workbook's trainer with the default preset, and `changes`."""
-    config = fine_tuning.FineTuneConfig.from_parameters(**{
+def config_of(arguments, **changes):
+    """The workbook's default preset, and `changes`."""
+    return fine_tuning.FineTuneConfig.from_parameters(**{
         "task": "sql", "base_model": arguments.base_model, "batch_size": arguments.rows, "max_steps": arguments.steps,
         "checkpoint_steps": 10**6, **changes})
+
+
+def ours(arguments, rows, folder, plain_attention=False, **changes):
+    """This workbook's trainer for `config_of`."""
+    config = config_of(arguments, **changes)
     model, tokenizer = (transformers_own if plain_attention else base_models.load)(arguments.base_model, config.precision)
     encoded, _ = data.encode_rows(tokenizer, tasks.get_task("sql"), rows, config.max_length)
     return fine_tuning.make_trainer(config, model, tokenizer, encoded, folder)
 
 
-def unsloth(arguments, rows, precision: str) -> dict:
-    """Unsloth on the rows that `ours` gets, in a Python of its own; the same record as `measure` gives."""
-    from datasets import Dataset
+def unsloth(arguments, rows, precision: str, **changes) -> dict:
+    """Unsloth on the whole rows that `ours` gets, in a Python of its own; the same record as `measure` gives."""
     from safetensors.torch import save_file
 
-    encoded, _ = data.encode_rows(base_models.load_tokenizer(), tasks.get_task("sql"), rows, arguments.width)
-    stream = Dataset.from_list([{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in encoded])
-    packed = [row for row in fine_tuning.pack(stream, arguments.width, "wrapped") if len(row["labels"]) == arguments.width]
+    config = config_of(arguments, **changes)
+    encoded, _ = data.encode_rows(base_models.load_tokenizer(), tasks.get_task("sql"), rows, config.max_length)
+    packed = [row for row in fine_tuning.dataset_of(config, encoded) if len(row["labels"]) == config.max_length]
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder, "rows.safetensors"), Path(folder, "result.json")
         save_file({name: torch.tensor([row[name] for row in packed]) for name in ("input_ids", "labels")}, file)
@@ -118,8 +122,8 @@ def variants(arguments) -> dict:
         packed = {"packing": "wrapped", "max_length": arguments.width, "completion_only": False, "rank": 16,
                   "schedule": "constant", "learning_rate": 2e-4}
         apart = packed | {"packing": "documents"}
-        other = {"Unsloth": functools.partial(unsloth, precision="full"),
-                 "Unsloth, 4 bits": functools.partial(unsloth, precision="4bit")} if arguments.unsloth else {}
+        other = {"Unsloth": functools.partial(unsloth, **packed, precision="full"),
+                 "Unsloth, 4 bits": functools.partial(unsloth, **packed, precision="4bit")} if arguments.unsloth else {}
         return {"TRL defaults, bfloat16": of(stock, packed=True, precision="full"),
                 "TRL, no checkpointing": of(stock, packed=True, precision="full", gradient_checkpointing=False),
                 "workbook": of(ours, **packed, precision="full"),
@@ -266,7 +270,7 @@ def main() -> None:
     for name, value in SUITES[arguments.suite].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    if arguments.steps <= arguments.warm_up or arguments.warm_up < 1:
+    if arguments.suite != "trio" and (arguments.steps <= arguments.warm_up or arguments.warm_up < 1):
         parser.error("--steps must be more than --warm-up, and --warm-up at least 1")
     with tempfile.TemporaryDirectory() as folder:
         if arguments.suite in ("bloom", "trio"):
@@ -282,16 +286,16 @@ def run(arguments) -> None:
     if nothing := [start for start in starts if not any(name.startswith(start) for name in known)]:
         sys.exit(f"error: --only {nothing[0]!r} names no variant of the suite {arguments.suite}: it has {', '.join(known)}.")
     wanted = {name: one for name, one in known.items() if not arguments.only or name in arguments.only or name.startswith(starts)}
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[dict]] = {name: [] for name in wanted}
     rates = []
     for repeat in range(arguments.repeats):
         rates.append(matrix_rate())
         for name, one in wanted.items():
-            found.setdefault(name, []).append(one(arguments, rows))
+            found[name].append(one(arguments, rows))
             print(f"repeat {repeat + 1}: {name}: {found[name][-1]}", flush=True)
             if arguments.json:  # a long run that is cut short has lost nothing
-                cards.write_json(arguments.json, summary(arguments, found, rates, len(wanted)))
-    result = summary(arguments, found, rates, len(wanted))
+                cards.write_json(arguments.json, summary(arguments, found, rates))
+    result = summary(arguments, found, rates)
     print(f"\n{result['hardware']}; float32 matrix products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
     for name, one in result["variants"].items():
         speeds = [each["tokens_per_second"] for each in one["runs"]]
@@ -301,13 +305,13 @@ def run(arguments) -> None:
               f"loss {one['runs'][0]['loss']:.4f}   {more}")
 
 
-def summary(arguments, found: dict[str, list[dict]], rates: list[float], variants_wanted: int) -> dict:
+def summary(arguments, found: dict[str, list[dict]], rates: list[float]) -> dict:
     """What goes to the JSON file: every run, and of each variant the median, its ratio to the first variant's.
 
     Turns count that all variants have finished (in the first, every run).
     """
-    finished = min(map(len, found.values())) if len(found) == variants_wanted else 1
-    found = {name: runs[:finished] for name, runs in found.items()}
+    finished = max(1, min(map(len, found.values())))
+    found = {name: runs[:finished] for name, runs in found.items() if runs}
     first = statistics.median(run["tokens_per_second"] for run in next(iter(found.values())))
     # A token passes the frozen layers once forward and once backward: 2 + 2 FLOP a weight. The head is not counted.
     layers = 4 * sum(out * into for out, into in _layers(arguments.base_model))

@@ -94,13 +94,13 @@ def adapted_model(options: argparse.Namespace, width: int):
     return model, tokenizer
 
 
-def trainer_of(options: argparse.Namespace, model, tokenizer, dataset: Dataset, clock: Clock) -> SFTTrainer:
+def trainer_of(options: argparse.Namespace, model, tokenizer, dataset: Dataset, width: int, clock: Clock) -> SFTTrainer:
     """trl's trainer as Unsloth has patched it, with the tokenized rows in their order and nothing saved or reported."""
     config = SFTConfig(
         output_dir=f"{SCRATCH}/run", max_steps=options.steps, per_device_train_batch_size=options.rows,
         gradient_accumulation_steps=1, learning_rate=2e-4, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
         optim="adamw_torch_fused", bf16=True, gradient_checkpointing=options.checkpointing != "none", seed=0,
-        packing=False, padding_free=False, max_length=dataset[0]["input_ids"].shape[0],
+        packing=False, padding_free=False, max_length=width,
         dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential",
         logging_steps=max(1, options.steps // 6), save_strategy="no", report_to="none", disable_tqdm=True)
     return SFTTrainer(model=model, args=config, processing_class=tokenizer, train_dataset=dataset, callbacks=[clock])
@@ -114,11 +114,11 @@ def compiled_blocks(model) -> int:
 
 def main(options: argparse.Namespace) -> None:
     """Train, and print what was measured."""
-    width = load_file(options.rows_file)["input_ids"].shape[1]
     dataset = dataset_of(options.rows_file, options.rows * options.steps)
+    width = dataset[0]["input_ids"].shape[0]
     model, tokenizer = adapted_model(options, width)
     clock = Clock(options.warm_up, options.steps)
-    trainer = trainer_of(options, model, tokenizer, dataset, clock)
+    trainer = trainer_of(options, model, tokenizer, dataset, width, clock)
     shapes = set()  # of what the model was really given
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape)))
     trainer.train()
