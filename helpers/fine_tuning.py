@@ -266,7 +266,7 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         _refuse_mixed_documents(model, config.base_model)
     dataset = dataset_of(config, encoded)
     if config.packing == "wrapped":
-        from helpers import recorded
+        from helpers.fast import recorded
 
         recorded.use_plain_causal_attention(model.get_base_model())
     steps = config.max_steps or max(1, math.ceil(config.epochs * len(dataset) / rows_a_step))
@@ -344,7 +344,7 @@ def _refuse_mixed_documents(model, name: str) -> None:
     """Packed documents stay apart by positions and a mask: refuse models that take no positions and have not our ALiBi."""
     import inspect
 
-    from helpers.bloom import NAME
+    from helpers.fast.bloom import NAME
 
     base = model.get_base_model()
     if "position_ids" not in inspect.signature(base.forward).parameters and base.config._attn_implementation != NAME:
@@ -515,7 +515,7 @@ def _trainer_class():
     import torch
     from trl import SFTTrainer
 
-    from helpers.recorded import RecordedStep
+    from helpers.fast.recorded import RecordedStep
 
     class CompletionTrainer(SFTTrainer):
         """SFTTrainer whose loss skips the prompt's logits, and whose steps can be recorded."""

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "huggingface_hub", "safetensors",
              "papermill", "sacrebleu", "nbclient", "voila")
-SOURCES = sorted(path for pattern in ("helpers/*.py", "notebooks/**/*.ipynb", "tests/conftest.py") for path in ROOT.glob(pattern)
+SOURCES = sorted(path for pattern in ("helpers/**/*.py", "notebooks/**/*.ipynb", "tests/conftest.py") for path in ROOT.glob(pattern)
                  if ".ipynb_checkpoints" not in path.parts)
 BEHIND = {  # where a function with **kwargs hands them on to
     "from_pretrained": ("transformers.modeling_utils", "transformers.tokenization_utils_base",

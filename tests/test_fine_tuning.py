@@ -14,7 +14,8 @@ import torch
 from conftest import make_tiny
 from datasets import Dataset
 
-from helpers import WorkbookError, base_models, data, fine_tuning, recorded, tasks
+from helpers import WorkbookError, base_models, data, fine_tuning, tasks
+from helpers.fast import recorded
 from helpers.practice import practice_rows
 
 

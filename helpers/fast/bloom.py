@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
-from helpers.recorded import empty_mask
+from helpers.fast.recorded import empty_mask
 
 NAME = "alibi_sdpa"  # under this name attention and mask are registered with transformers
 
