@@ -1,8 +1,8 @@
 """The small module that the notebooks of the LoRA Workbook share.
 
-Every function that a notebook imports from here is first shown, in a few lines, in the notebook that
-teaches it. This file holds what all of the module needs; it imports no heavy library, and neither do
-tasks, data, recipes and jobs, so that ``python -m helpers.jobs`` answers at once.
+Every function that a notebook imports from here is first shown, in a few lines, in the notebook
+that teaches it. This file holds what all of the module needs; it imports no heavy library, and
+neither do tasks, data, recipes and jobs, so that ``python -m helpers.jobs`` answers at once.
 """
 
 import difflib
@@ -51,12 +51,13 @@ def check_numbers(settings, bounds: tuple[tuple[str, float, float], ...]) -> Non
         value = getattr(settings, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not low <= value <= high:
-            raise WorkbookError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}.")
+            raise WorkbookError(f"{name} is {value!r}: it must be a number from {low:g} to "
+                                f"{high:g}.")
 
 
 def is_text(value: str) -> bool:
-    """False where a str holds NUL, which ends a text for SQLite, or half a surrogate pair, which has
-    no UTF-8."""
+    """False where a str holds NUL, which ends a text for SQLite, or half a surrogate pair, which
+    has no UTF-8."""
     return re.search("[\0\ud800-\udfff]", value) is None
 
 

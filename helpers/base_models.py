@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from helpers import WorkbookError, disk_errors, read_json, sha256
 from helpers.embedded import MANIFEST, fetch_embedded
-from helpers.registry import (EMBEDDED, REGISTRY, BaseModel, cache_dir, custom_adapters_dir, resolve)
+from helpers.registry import EMBEDDED, REGISTRY, BaseModel, cache_dir, custom_adapters_dir, resolve
 
 __all__ = ["EMBEDDED", "REGISTRY", "best_device", "best_dtype", "cache_dir", "custom_adapters_dir",
            "fetch", "hardware", "load", "load_tokenizer", "lora_target_modules", "resolve",
@@ -35,10 +35,11 @@ warnings.filterwarnings("ignore", category=FutureWarning,
 # --- fetch and verify
 
 def fetch(name: str = EMBEDDED, quiet: bool = False) -> Path:
-    """A folder that holds the base model as safetensors with config and tokenizer, fetched if needed.
+    """A folder that holds the base model as safetensors with config and tokenizer, fetched if
+    needed.
 
-    Raises WorkbookError when the model is not cached and cannot be fetched, when what came is not what
-    was pinned, or when the disk is full.
+    Raises WorkbookError when the model is not cached and cannot be fetched, when what came is not
+    what was pinned, or when the disk is full.
     """
     base = resolve(name)
     if base.folder:
@@ -47,26 +48,27 @@ def fetch(name: str = EMBEDDED, quiet: bool = False) -> Path:
 
 
 def _fetch_from_hub(base: BaseModel) -> Path:
-    """Fetch a snapshot of the hub: config, tokenizer and safetensors only, never pickles or code."""
+    """Fetch a snapshot of the hub: config, tokenizer and safetensors only, never pickles or
+    code."""
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     where = f"base_model {base.hub_id}"
     try:
         with disk_errors(cache_dir(), f"the base model {base.name}"):
             folder = snapshot_download(base.hub_id, revision=base.revision, allow_patterns=wanted)
     except hub.RevisionNotFoundError as error:
-        raise WorkbookError(f"{where} has no revision {base.revision!r} on the model hub: check the "
-                            "name after the @.") from error
+        raise WorkbookError(f"{where} has no revision {base.revision!r} on the model hub: check "
+                            "the name after the @.") from error
     except hub.GatedRepoError as error:
         raise WorkbookError(f"{where} is gated: accept its terms on the model hub and log in with "
                             "`hf auth login`.") from error
     except hub.RepositoryNotFoundError as error:
-        raise WorkbookError(f"{where} was not found on the model hub: check its spelling, or log in if "
-                            "it is private.") from error
+        raise WorkbookError(f"{where} was not found on the model hub: check its spelling, or log "
+                            "in if it is private.") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError,
             OSError) as error:
-        raise WorkbookError(f"{where} is not in the local hub cache and the model hub cannot be reached "
-                            f"({type(error).__name__}): connect to a network, give a local folder, or "
-                            f"use the embedded {EMBEDDED}.") from error
+        raise WorkbookError(f"{where} is not in the local hub cache and the model hub cannot be "
+                            f"reached ({type(error).__name__}): connect to a network, give a local "
+                            f"folder, or use the embedded {EMBEDDED}.") from error
     return _checked_folder(Path(folder))
 
 
@@ -84,8 +86,8 @@ def _checked_folder(folder: Path) -> Path:
         raise WorkbookError(f"{index} is damaged ({error!r}): fetch the model again.") from error
     for part in parts:
         if not re.fullmatch(r"[\w.-]+\.safetensors", part):
-            raise WorkbookError(f"{index} names {part!r} as a part of the weights, which is none of "
-                                f"its safetensors files {convert}")
+            raise WorkbookError(f"{index} names {part!r} as a part of the weights, which is none "
+                                f"of its safetensors files {convert}")
     return folder
 
 
@@ -98,8 +100,8 @@ def verify(name: str = EMBEDDED) -> Path:
     if (folder / MANIFEST).is_file():
         for file, entry in read_json(folder / MANIFEST)["files"].items():
             if sha256(folder / file) != entry["sha256"]:
-                raise WorkbookError(f"{folder / file} has changed since it was made: delete {folder} "
-                                    "and fetch again.")
+                raise WorkbookError(f"{folder / file} has changed since it was made: delete "
+                                    f"{folder} and fetch again.")
     return folder
 
 
@@ -150,7 +152,8 @@ def hardware() -> str:
 # --- load
 
 def load_tokenizer(name: str = EMBEDDED):
-    """The base model's tokenizer; its end-of-text token pads where it has no pad token of its own."""
+    """The base model's tokenizer; its end-of-text token pads where it has no pad token of its
+    own."""
     tokenizer = AutoTokenizer.from_pretrained(fetch(name), trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -161,8 +164,8 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
     """Load a base model and its tokenizer.
 
     precision: "full" (weights in `dtype`), or "4bit": NF4 with double quantization (QLoRA,
-    arXiv:2305.14314, section 3), computing in `dtype`. device and dtype default to `best_device` and
-    `best_dtype`.
+    arXiv:2305.14314, section 3), computing in `dtype`. device and dtype default to `best_device`
+    and `best_dtype`.
     Returns ``(model, tokenizer)``, the model in eval mode. Raises WorkbookError for an unknown or
     unfetchable name, a wrong precision, or damaged weights.
     """
@@ -180,8 +183,8 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True,
                                                      trust_remote_code=False, **options)
     except (SafetensorError, EOFError) as error:
-        raise WorkbookError(f"The weights in {folder} are damaged ({error}): delete that folder and "
-                            "fetch again.") from error
+        raise WorkbookError(f"The weights in {folder} are damaged ({error}): delete that folder "
+                            "and fetch again.") from error
     except (ValueError, ImportError) as error:
         raise WorkbookError(_cannot_load(name, precision, error)) from error
     finally:
@@ -201,7 +204,8 @@ def _cannot_load(name: str, precision: str, error: Exception) -> str:
         return (f"{name} needs code from its own folder, which is never run: use a model whose "
                 "architecture transformers itself has.")
     reason = " ".join(str(error).split())[:200]
-    return (f"{name} cannot be loaded as a causal language model ({reason}): check its config.json.")
+    return (f"{name} cannot be loaded as a causal language model ({reason}): check its "
+            "config.json.")
 
 
 def lora_target_modules(model) -> list[str]:

@@ -20,6 +20,7 @@ from helpers import WorkbookError, is_text
 from helpers.tasks import Task, get_task
 
 SPLITS = ("train", "validation")
+PRACTICE_TASKS = ("instruct", "sql", "detox")
 VALIDATION_SHARE = 20  # one group in 20 is validation when the source names no split
 
 
@@ -31,6 +32,11 @@ class Rows:
     source: str
     licence: str
     total: int
+
+
+def has_practice_rows(task_name: str) -> bool:
+    """Whether rows of this project's own are there for a task."""
+    return task_name in PRACTICE_TASKS
 
 
 def load_rows(task_name: str, source: str = "practice", split: str = "train", n: int | None = None,

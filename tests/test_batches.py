@@ -18,7 +18,7 @@ ROWS = [{"toxic": f"this silly text number {i} is bad", "neutral": f"text number
 # Parameters that a batch here leaves alone, and where they are tried instead.
 ELSEWHERE = {"04_fine_tune.ipynb": {"compile": "needs a C compiler and minutes; the benchmarks use it",
                                     "workers_on": "tests/test_workers.py launches in every place",
-                                    "run_dir": "the job sets it", "resume": "tests/test_fine_tuning.py",
+                                    "run_dir": "the job sets it", "resume": "tests/test_training.py",
                                     "workers": "--workers, below"}}
 
 

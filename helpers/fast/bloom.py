@@ -1,37 +1,66 @@
-"""BLOOM through torch's fused attention. transformers computes BLOOM's attention step by step, and every row of a batch as one
-document; here it is one call of scaled_dot_product_attention, and a mask can keep the documents of a packed row apart.
+"""BLOOM through torch's fused attention, where documents of a packed row can be kept apart.
 
-ALiBi (arXiv:2108.12409, section 3) has no positional embeddings: head h adds slope_h x (key's place - query's place) to its
-scores. A softmax over keys does not change when a query's scores all move by the same amount, so slope_h x key's place does
-as well, and a packed document needs no positions of its own: it only has to be masked from the others. And where nothing but
-the future is hidden, the bias is a product, (slope) . (place), that `_causal` gives to queries and keys as extra dimensions:
-no bias is stored, and the kernel that skips the future half of the scores can be used.
+transformers computes BLOOM's attention step by step, and every row of a batch as one document.
+ALiBi (arXiv:2108.12409, section 3) has no positional embeddings: head h adds
+slope_h x (key's place - query's place) to its scores. A softmax over keys does not change when a
+query's scores all move by the same amount, so slope_h x key's place does as well, and a packed
+document needs no positions of its own: it only has to be masked from the others. Where nothing but
+the future is hidden, the bias is a product, (slope) . (place), that `_causal` gives to queries and
+keys as extra dimensions: no bias is stored, and the kernel that skips the future half of the scores
+can be used.
 """
+
+from __future__ import annotations
 
 import functools
 
 import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
-from helpers.fast.recorded import empty_mask
+from helpers.fast.attention import empty_mask
 
 NAME = "alibi_sdpa"  # under this name attention and mask are registered with transformers
 
 
-@functools.lru_cache(maxsize=8)  # made once, not in every pass: that would wait for the GPU
+def use_fused_attention(model) -> None:
+    """Change a loaded BloomForCausalLM in place: fused attention, masks of one's own, torch's fused
+    GELU (the same formula)."""
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+    backbone = model.transformer
+    backbone.config._attn_implementation = NAME
+    original = backbone.build_alibi_tensor
+
+    def build(mask, heads, dtype):
+        return (_alibi(backbone, mask, heads, dtype) if mask.dim() == 4
+                else original(mask, heads, dtype))
+
+    backbone.build_alibi_tensor = build
+    backbone.register_forward_pre_hook(_documents, with_kwargs=True)
+    for module in backbone.modules():
+        if type(module) is torch.nn.LayerNorm:
+            module.__class__ = SameTypeNorm
+    for block in backbone.h:
+        block.self_attention.__class__ = AlibiAttention
+        block.mlp.gelu_impl = torch.nn.GELU(approximate="tanh")
+
+
+@functools.lru_cache(maxsize=8)  # made once: making it in every pass would wait for the GPU
 @torch.inference_mode(False)
 def slopes(heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """ALiBi's slope of each head, (heads,), float32, as transformers computes them: what it adds at the second place."""
+    """ALiBi's slope of each head, (heads,), float32: what transformers adds at the second place."""
     return build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1].to(device)
 
 
-def bias(allowed: torch.Tensor, heads: int, dtype: torch.dtype, first_query: int = 0) -> torch.Tensor:
-    """What is added to the scores: ALiBi where `allowed` (rows, 1, queries, keys) is True, -> (rows, heads, queries, keys).
+def bias(allowed: torch.Tensor, heads: int, dtype: torch.dtype, first_query: int = 0):
+    """What is added to the scores: ALiBi where `allowed` (rows, 1, queries, keys) is True.
 
-    first_query: the place of the first query among the keys. Distances, not places, so that bfloat16 is exact near the query.
-    Every query sees itself, padding too: a softmax over no key at all has no gradient.
+    first_query: the place of the first query among the keys. Distances, not places, so that
+    bfloat16 is exact near the query. Every query sees itself, padding too: a softmax over no key at
+    all has no gradient. Returns (rows, heads, queries, keys).
     """
     queries = torch.arange(first_query, first_query + allowed.shape[2], device=allowed.device)
     keys = torch.arange(allowed.shape[3], device=allowed.device)
@@ -40,7 +69,7 @@ def bias(allowed: torch.Tensor, heads: int, dtype: torch.dtype, first_query: int
     return torch.where(allowed | (distance == 0), alibi.to(dtype), torch.finfo(dtype).min)
 
 
-def _mask(*arguments, q_offset=0, allow_is_causal_skip=True, dtype=None, config=None, **others) -> torch.Tensor:
+def _mask(*arguments, q_offset=0, allow_is_causal_skip=True, dtype=None, config=None, **others):
     """transformers' mask function: its own boolean mask, made into a bias once for all layers."""
     allowed = sdpa_mask(*arguments, q_offset=q_offset, allow_is_causal_skip=False, **others)
     return bias(allowed, config.n_head, dtype, int(q_offset))
@@ -48,62 +77,71 @@ def _mask(*arguments, q_offset=0, allow_is_causal_skip=True, dtype=None, config=
 
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def factors(heads: int, length: int, scaling: float, dtype: torch.dtype, device: torch.device) -> tuple:
-    """ALiBi as a product: (heads, 1, 8) and (length, 8), whose inner products are slope x place / scaling.
+def factors(heads: int, length: int, scaling: float, dtype: torch.dtype, device: torch.device):
+    """ALiBi as a product: (heads, 1, 8) and (length, 8), inner products slope x place / scaling.
 
-    Both are written as sums of parts that bfloat16 holds exactly, the slope as three (24 bits, as many as float32 has), the
-    place as 256 x high + low, so that the products are as exact as the kernel's float32 sums. Eight, as kernels want sizes
-    divisible by 8; scaling, as they scale the products.
+    Both are sums of parts that bfloat16 holds exactly, the slope as three (24 bits, as many as
+    float32 has), the place as 256 x high + low, so that the products are as exact as the kernel's
+    float32 sums. Eight, as kernels want sizes divisible by 8; scaling, as they scale the products.
     """
     rest, parts = slopes(heads) / scaling, []
     for _ in range(3):
         parts.append(rest.to(dtype))
         rest = rest - parts[-1].float()
-    slope = torch.stack([256 * part for part in parts] + parts + [torch.zeros(heads)] * 2, dim=-1)
+    slope = [256 * part for part in parts] + parts + [torch.zeros(heads)] * 2
     place = torch.arange(length)
-    place = torch.stack([place // 256] * 3 + [place % 256] * 3 + [torch.zeros(length)] * 2, dim=-1)
-    return slope[:, None].to(device, dtype), place.to(device, dtype)
+    place = [place // 256] * 3 + [place % 256] * 3 + [torch.zeros(length)] * 2
+    return (torch.stack(slope, dim=-1)[:, None].to(device, dtype),
+            torch.stack(place, dim=-1).to(device, dtype))
 
 
 def _causal(query, key, value, slope, place, scaling: float, dropout: float) -> torch.Tensor:
-    """Causal attention with ALiBi as eight more dimensions: (rows, heads, length, size) each, -> (rows, length, heads, size)."""
+    """Causal attention with ALiBi as eight more dimensions of query and key.
+
+    (rows, heads, length, size) each, -> (rows, length, heads, size).
+    """
     query = torch.cat([query, slope.expand(*query.shape[:3], 8)], dim=-1)
     key = torch.cat([key, place.expand(*key.shape[:3], 8)], dim=-1)
-    value = torch.nn.functional.pad(value, (0, 8))
-    mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scaling)
+    mixed = scaled_dot_product_attention(query, key, pad(value, (0, 8)), is_causal=True,
+                                         dropout_p=dropout, scale=scaling)
     return mixed[..., :-8].transpose(1, 2)
 
 
 def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
-    """transformers' attention function: query (rows, heads, queries, size), -> (rows, queries, heads, size), and no weights."""
+    """transformers' attention function: (rows, heads, queries, size) -> (rows, queries, heads,
+    size), and no weights."""
     # Under autocast queries have its type, and the bias has the weights'.
-    mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask.to(query.dtype),
-                                                             dropout_p=dropout, scale=scaling)
+    mixed = scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling,
+                                         attn_mask=attention_mask.to(query.dtype))
     return mixed.transpose(1, 2), None
 
 
 class AlibiAttention(BloomAttention):
-    """BloomAttention whose mask is the whole bias, ALiBi included. An empty mask means plain causal attention; `alibi` then holds
-    the two `factors`."""
+    """BloomAttention whose mask is the whole bias, ALiBi included. An empty mask means plain causal
+    attention; `alibi` then holds the two `factors`."""
 
-    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False,
-                **_):
+    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None,
+                use_cache=False, output_attentions=False, **_):
         if output_attentions:  # weights are only seen step by step; the bias holds ALiBi already
-            return super().forward(hidden_states, residual, torch.zeros_like(alibi), attention_mask, layer_past, use_cache, True)
+            return super().forward(hidden_states, residual, torch.zeros_like(alibi), attention_mask,
+                                   layer_past, use_cache, True)
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         dropout = self.attention_dropout.p if self.training else 0.0
         if attention_mask.numel():
-            mixed, _ = _attend(self, query, key, value, attention_mask, self.inv_norm_factor, dropout)
+            mixed, _ = _attend(self, query, key, value, attention_mask, self.inv_norm_factor,
+            dropout)
         else:
             mixed = _causal(query, key, value, *alibi, self.inv_norm_factor, dropout)
-        return dropout_add(self.dense(mixed.flatten(2)), residual, self.hidden_dropout, self.training), None
+        return dropout_add(self.dense(mixed.flatten(2)), residual, self.hidden_dropout,
+                           self.training), None
 
 
 class SameTypeNorm(torch.nn.LayerNorm):
-    """LayerNorm that gives back bfloat16 for bfloat16. The kernel sums in float32 either way; autocast would also hand float32
-    to all that follows, twice the bytes. float16 is left to autocast: its range is too small for what the layers add up."""
+    """LayerNorm that gives back bfloat16 for bfloat16. Autocast would hand float32 to all that
+    follows, twice the bytes; the kernel sums in float32 either way. float16 is left to autocast:
+    its range is too small for what the layers add up."""
 
     def forward(self, hidden_states):
         if hidden_states.dtype != torch.bfloat16:
@@ -113,37 +151,23 @@ class SameTypeNorm(torch.nn.LayerNorm):
 
 
 def _documents(model, arguments, options):
-    """Before the model's forward: a boolean mask (rows, 1, queries, keys) of one's own becomes the bias, no mask an empty one."""
+    """Before the model's forward: a boolean mask (rows, 1, queries, keys) of one's own becomes the
+    bias, no mask an empty one."""
     mask = options.get("attention_mask")
     if mask is None and not (options.get("output_attentions") or model.config.output_attentions):
         return empty_mask(model, arguments, options)
     if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
-        options["attention_mask"] = bias(mask, model.num_heads, model.word_embeddings_layernorm.weight.dtype)
+        dtype = model.word_embeddings_layernorm.weight.dtype
+        options["attention_mask"] = bias(mask, model.num_heads, dtype)
     return arguments, options
 
 
 def _alibi(model, mask: torch.Tensor, heads: int, dtype: torch.dtype):
-    """What every layer is given as its alibi: `factors` for an empty mask; nothing where the mask holds the whole bias."""
+    """What every layer is given as its alibi: `factors` for an empty mask; nothing where the mask
+    holds the whole bias."""
     if mask.numel():
         return mask.new_zeros((1, 1, 1))
     if torch.is_autocast_enabled(mask.device.type):
         dtype = torch.get_autocast_dtype(mask.device.type)
-    return factors(heads, mask.shape[3], model.h[0].self_attention.inv_norm_factor, dtype, mask.device)
-
-
-def use_fused_attention(model) -> None:
-    """Change a loaded BloomForCausalLM in place: fused attention, masks of one's own, torch's fused GELU (the same formula)."""
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _mask)
-    backbone = model.transformer
-    backbone.config._attn_implementation = NAME
-    original = backbone.build_alibi_tensor
-    backbone.build_alibi_tensor = lambda mask, heads, dtype: (
-        _alibi(backbone, mask, heads, dtype) if mask.dim() == 4 else original(mask, heads, dtype))
-    backbone.register_forward_pre_hook(_documents, with_kwargs=True)
-    for module in backbone.modules():
-        if type(module) is torch.nn.LayerNorm:
-            module.__class__ = SameTypeNorm
-    for block in backbone.h:
-        block.self_attention.__class__ = AlibiAttention
-        block.mlp.gelu_impl = torch.nn.GELU(approximate="tanh")
+    scaling = model.h[0].self_attention.inv_norm_factor
+    return factors(heads, mask.shape[3], scaling, dtype, mask.device)

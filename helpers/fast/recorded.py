@@ -1,7 +1,8 @@
-"""A training step as one recorded CUDA graph, for packed rows on one GPU, where all steps have the same shapes.
+"""Compiled blocks, and a training step as one recorded CUDA graph.
 
-Python starts the kernels of a step one by one, thousands of them, and a small model's kernels end sooner than the next one is
-started. Recorded once, they are started together (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+Python starts the kernels of a step one by one, thousands of them, and a small model's kernels end
+sooner than the next one is started. Recorded once, they are started together
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
 from __future__ import annotations
@@ -10,16 +11,77 @@ from collections.abc import Callable
 
 import torch
 
-NAME = "causal_sdpa"  # under this name the attention is registered with transformers
+from helpers.trainer import CompletionTrainer
+
+# Models that were recorded on a GPU, and their packings. Others may wait for the GPU somewhere,
+# which ends a recording with an error.
+TRIED = {"llama": ("wrapped", "documents"), "bloom": ("wrapped",)}
+
+
+def records_steps(config, world: int, model_type: str) -> bool:
+    """Whether a run's steps can be recorded: all must have the same shapes, as packed rows have.
+
+    Not with accumulation: a replay writes gradients and does not add to them. Not with several
+    workers, whose gradients DistributedDataParallel exchanges. Not with checkpointing, which keeps
+    the state of the random numbers on the host.
+    """
+    return (config.packing in TRIED.get(model_type, ()) and world == 1
+            and config.gradient_accumulation == 1 and not config.gradient_checkpointing)
+
+
+def transformer_blocks(model) -> torch.nn.ModuleList:
+    """The model's longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def compile_blocks(model, dynamic: bool = False) -> None:
+    """torch.compile for every block: they share one compiled graph, so it takes seconds.
+
+    dynamic: one graph for rows of every length, a little slower than one made for the only length.
+    """
+    for block in transformer_blocks(model):
+        block.compile(dynamic=dynamic)
+
+
+def undo_compile(model) -> None:
+    """Blocks run as they did before `compile_blocks`."""
+    for block in transformer_blocks(model):
+        block._compiled_call_impl = None
+
+
+class RecordedTrainer(CompletionTrainer):
+    """A CompletionTrainer whose step is recorded. Made for runs of which `records_steps` is
+    true."""
+
+    step = None
+
+    def train(self, *arguments, **options):
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self.step = None  # a graph keeps its memory, and knows this trainer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.step is None:
+            model.train()  # it walks through all modules, so not in every step
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self.step = RecordedStep(lambda batch: self.loss_of(model, batch), trained)
+        count = {} if num_items_in_batch is None else {"count": num_items_in_batch}
+        return self.step(self._prepare_inputs(inputs) | count)
+
+    def loss_of(self, model, batch: dict) -> torch.Tensor:
+        return self.compute_loss(model, batch, False, batch.get("count"))
 
 
 class RecordedStep:
-    """Forward and backward pass of a step. The first calls run as usual: they compile, and they choose kernels; then the step is
-    recorded, and every further call replays it.
+    """Forward and backward pass of a step. The first calls run as usual: they compile, and they
+    choose kernels. Then the step is recorded, and every further call replays it.
 
-    loss_of: a batch, {name: tensor}, to a scalar loss, without ever waiting for the GPU; parameters: what gets gradients.
-    A graph repeats its kernels on the memory they were recorded with: every batch must have the first one's shapes and is
-    copied to its place, and each replay leaves the gradients in the same memory, so they cannot be accumulated over calls.
+    loss_of: a batch, {name: tensor}, to a scalar loss, without ever waiting for the GPU.
+    parameters: what gets gradients. A graph repeats its kernels on the memory they were recorded
+    with: every batch must have the first one's shapes and is copied to its place, and each replay
+    leaves the gradients in the same memory, so they cannot be accumulated over calls.
     """
 
     def __init__(self, loss_of: Callable[[dict], torch.Tensor], parameters, warm_up: int = 3):
@@ -27,7 +89,7 @@ class RecordedStep:
         self.calls, self.graph = 0, None
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss, detached; gradients are then in the parameters' ``grad``, which must be None before.
+        """The loss, detached; gradients are then in the parameters' ``grad``, None before.
 
         Raises ValueError for a batch of other names or shapes than the recorded one.
         """
@@ -38,9 +100,10 @@ class RecordedStep:
             return loss.detach()
         if self.graph is None:
             self._record(batch)
-        recorded, given = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (self.batch, batch))
+        recorded, given = _shapes(self.batch), _shapes(batch)
         if recorded != given:  # copy_ would spread a smaller tensor over the place of a larger one
-            raise ValueError(f"The step was recorded with batches of {recorded}, and this one is {given}: they must be alike.")
+            raise ValueError(f"The step was recorded with batches of {recorded}, and this one is "
+                             f"{given}: they must be alike.")
         for name, place in self.batch.items():
             place.copy_(batch[name])
         self.graph.replay()
@@ -51,48 +114,14 @@ class RecordedStep:
     def _record(self, batch: dict[str, torch.Tensor]) -> None:
         self.batch = {name: tensor.clone() for name, tensor in batch.items()}
         for parameter in self.parameters:
-            parameter.grad = None  # so that the recorded backward pass writes gradients instead of adding to them
+            parameter.grad = None  # the recorded backward pass must write gradients, not add
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread may pin memory meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             loss = self.loss_of(self.batch)
             loss.backward()
-        self.loss, self.gradients = loss.detach(), [parameter.grad for parameter in self.parameters]
+        self.loss, self.gradients = loss.detach(), [p.grad for p in self.parameters]
 
 
-def use_plain_causal_attention(model) -> bool:
-    """Let a batch without a mask mean plain causal attention, in a Llama that has been loaded with torch's fused attention.
-
-    transformers looks into such a batch's positions for packed documents, which waits for the GPU in every step; while a graph
-    is recorded it cannot look, and stores a mask of all pairs. An empty mask, (0, 0, 0, length), is passed through to here
-    instead. Returns whether the model was changed: only Llama, which does nothing else with a mask. Other models find positions
-    in it, or the window that a layer sees.
-    """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    if model.config.model_type != "llama" or model.config._attn_implementation != "sdpa":
-        return False
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    model.base_model.register_forward_pre_hook(empty_mask, with_kwargs=True)  # PEFT passes the outer model's hooks by
-    return True
-
-
-def _attend(module, query, key, value, attention_mask, **options):
-    """transformers' fused attention, to which an empty mask is none."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    empty = attention_mask is not None and not attention_mask.numel()
-    return sdpa_attention_forward(module, query, key, value, None if empty else attention_mask, **options)
-
-
-def empty_mask(model, arguments, options):
-    """Before a backbone's forward: no mask, no positions and nothing cached becomes an empty mask, (0, 0, 0, length), which
-    stands for: only the future is hidden."""
-    ids = options.get("input_ids", arguments[0] if arguments else None)
-    others = (options.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
-    if ids is not None and all(other is None for other in others):
-        options["attention_mask"] = torch.empty(0, 0, 0, ids.shape[1], device=ids.device)
-    return arguments, options
+def _shapes(batch: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in batch.items()}

@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import base_models, cards, data, fine_tuning, tasks  # noqa: E402
+from helpers import base_models, data, recipes, tasks, training, write_json  # noqa: E402
 from helpers.practice import practice_rows  # noqa: E402
 
 SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 18, "warm_up": 6},
@@ -61,7 +61,7 @@ def stock(arguments, rows, folder, precision="4bit", plain_attention=False, pack
 
 
 def settings_of(arguments) -> dict:
-    return fine_tuning.PRESETS["reference" if arguments.suite == "bloom" else "default"]
+    return recipes.PRESETS["reference" if arguments.suite == "bloom" else "default"]
 
 
 def transformers_own(name: str, precision: str):
@@ -78,7 +78,7 @@ def transformers_own(name: str, precision: str):
 
 def config_of(arguments, **changes):
     """The workbook's default preset, and `changes`."""
-    return fine_tuning.FineTuneConfig.from_parameters(**{
+    return recipes.FineTuneConfig.from_parameters(**{
         "task": "sql", "base_model": arguments.base_model, "batch_size": arguments.rows, "max_steps": arguments.steps,
         "checkpoint_steps": 10**6, **changes})
 
@@ -88,7 +88,7 @@ def ours(arguments, rows, folder, plain_attention=False, **changes):
     config = config_of(arguments, **changes)
     model, tokenizer = (transformers_own if plain_attention else base_models.load)(arguments.base_model, config.precision)
     encoded, _ = data.encode_rows(tokenizer, tasks.get_task("sql"), rows, config.max_length)
-    return fine_tuning.make_trainer(config, model, tokenizer, encoded, folder)
+    return training.make_trainer(config, model, tokenizer, encoded, folder)
 
 
 def unsloth(arguments, rows, precision: str, **changes) -> dict:
@@ -97,7 +97,7 @@ def unsloth(arguments, rows, precision: str, **changes) -> dict:
 
     config = config_of(arguments, **changes)
     encoded, _ = data.encode_rows(base_models.load_tokenizer(), tasks.get_task("sql"), rows, config.max_length)
-    packed = [row for row in fine_tuning.dataset_of(config, encoded) if len(row["labels"]) == config.max_length]
+    packed = [row for row in training.make_dataset(config, encoded) if len(row["labels"]) == config.max_length]
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder, "rows.safetensors"), Path(folder, "result.json")
         save_file({name: torch.tensor([row[name] for row in packed]) for name in ("input_ids", "labels")}, file)
@@ -149,19 +149,19 @@ def trio(arguments) -> None:
               "command": "python tests/benchmarks/training.py --suite trio"}
     for task, tokens in TRIO.items():
         begin = time.perf_counter()
-        config = fine_tuning.FineTuneConfig.from_parameters(
+        config = recipes.FineTuneConfig.from_parameters(
             task=task, base_model=arguments.base_model, preset="reference", precision="full", batch_size=arguments.rows,
             gradient_accumulation=1, optimizer="adamw_torch", compile=True, max_length=arguments.width, checkpoint_steps=500,
             max_steps=math.ceil(tokens / (arguments.rows * arguments.width)))
         with tempfile.TemporaryDirectory() as folder:
-            one = fine_tuning.fine_tune(config, Path(folder, "run"))
+            one = training.run(config, Path(folder, "run"))
         result["jobs"][task] = {"tokens": tokens, "steps": one["steps"], "seconds": time.perf_counter() - begin,
                                 "training_seconds": one["training_seconds"], "final_loss": one["final_loss"]}
         if len(result["jobs"]) == len(TRIO):
             result |= {name: sum(job[name] for job in result["jobs"].values()) for name in ("seconds", "training_seconds")}
         print(f"{task}: {result['jobs'][task]}", flush=True)
         if arguments.json:
-            cards.write_json(arguments.json, result)
+            write_json(arguments.json, result)
         free_memory()
     print(f"{result['hardware']}: {result['seconds']:.0f} s in all, {result['training_seconds']:.0f} s of training, "
           "from the first step with its compiling to the last")
@@ -294,7 +294,7 @@ def run(arguments) -> None:
             found[name].append(one(arguments, rows))
             print(f"repeat {repeat + 1}: {name}: {found[name][-1]}", flush=True)
             if arguments.json:  # a long run that is cut short has lost nothing
-                cards.write_json(arguments.json, summary(arguments, found, rates))
+                write_json(arguments.json, summary(arguments, found, rates))
     result = summary(arguments, found, rates)
     print(f"\n{result['hardware']}; float32 matrix products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
     for name, one in result["variants"].items():

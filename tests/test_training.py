@@ -13,24 +13,54 @@ import pytest
 import torch
 from conftest import make_tiny
 from datasets import Dataset
+from peft import PeftModel
 
-from helpers import WorkbookError, base_models, data, fine_tuning, tasks
-from helpers.fast import recorded
-from helpers.practice import practice_rows
+from helpers import WorkbookError, base_models, data, publishing, recipes, tasks, trainer, training
+from helpers.fast import attention, packing, recorded
 
 
 def config(tiny, **changes):
     settings = {"task": "sql", "base_model": str(tiny), "max_rows": 64, "max_steps": 6, "checkpoint_steps": 2, **changes}
-    return fine_tuning.FineTuneConfig.from_parameters(**settings)
+    return recipes.FineTuneConfig.from_parameters(**settings)
+
+
+def train(chosen, folder, resume=False):
+    return training.train(chosen, *training.load_inputs(chosen), folder, resume)
+
+
+def practice_rows(task, split, n):
+    return data.load_rows(task, "practice", split, n).rows
 
 
 def test_presets_fill_what_is_left_open():
-    default = fine_tuning.FineTuneConfig.from_parameters(task="sql")
+    default = recipes.FineTuneConfig.from_parameters(task="sql")
     assert (default.precision, default.rank, default.packing) == ("4bit", 16, "none")
-    reference = fine_tuning.FineTuneConfig.from_parameters(task="instruct", preset="reference", rank=4)
+    reference = recipes.FineTuneConfig.from_parameters(task="instruct", preset="reference", rank=4)
     assert (reference.packing, reference.data_fraction, reference.rank, reference.alpha) == ("wrapped", 0.3, 4, 32)
     assert reference.optimizer == "paged_adamw_32bit"
-    assert fine_tuning.FineTuneConfig.from_parameters(task="detox", preset="reference").epochs == 4.0
+    assert recipes.FineTuneConfig.from_parameters(task="detox", preset="reference").epochs == 4.0
+
+
+def test_zero_is_zero_and_none_is_the_presets():
+    chosen = recipes.FineTuneConfig.from_parameters(task="sql", preset="reference", dropout=0, rank=None)
+    assert (chosen.dropout, chosen.rank, recipes.PRESETS["reference"]["dropout"]) == (0, 16, 0.05)
+
+
+@pytest.mark.parametrize("precision", ["full", "4bit"])
+def test_training_gives_the_base_model_back(tiny, tmp_path, precision):
+    """The notebook goes on with the model that it loaded: same logits, no LoRA left, one base model in memory."""
+    chosen = config(tiny, precision=precision, max_steps=2, compile=precision == "full")
+    rows, model, tokenizer = training.load_inputs(chosen)
+    ids = tokenizer("SELECT name FROM people", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        before = model(ids).logits
+    training.train(chosen, rows, model, tokenizer, tmp_path / "run")
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, before)
+    assert not [name for name, _ in model.named_modules() if "lora" in name] and not model.training
+    adapted = PeftModel.from_pretrained(model, tmp_path / "run" / "trained").eval()
+    with torch.inference_mode():
+        assert not torch.equal(adapted(ids).logits, before)
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
@@ -42,7 +72,7 @@ def test_presets_fill_what_is_left_open():
 ])
 def test_wrong_values_are_named_before_anything_is_loaded(wrong, said):
     with pytest.raises(WorkbookError, match=said):
-        fine_tuning.FineTuneConfig.from_parameters(**{"task": "sql", **wrong})
+        recipes.FineTuneConfig.from_parameters(**{"task": "sql", **wrong})
 
 
 @pytest.mark.parametrize("architecture", ["tiny", "tiny_bloom"])
@@ -50,10 +80,10 @@ def test_the_loss_equals_the_models_own(architecture, request):
     """Dropping the prompt's logits changes neither loss nor gradients, in either architecture."""
     model, tokenizer = base_models.load(str(request.getfixturevalue(architecture)), dtype=torch.float32, device="cpu")
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 6), 512)
-    batch = fine_tuning.Collator(tokenizer.pad_token_id)(encoded)
+    batch = data.Collator(tokenizer.pad_token_id)(encoded)
     weight = model.get_input_embeddings().weight
     results = []
-    for loss_of in (lambda: model(**batch).loss, lambda: fine_tuning.completion_loss(model, batch)):
+    for loss_of in (lambda: model(**batch).loss, lambda: trainer.completion_loss(model, batch)):
         model.zero_grad()
         loss = loss_of()
         loss.backward()
@@ -69,20 +99,20 @@ def test_packed_documents_train_like_rows_of_their_own(architecture, compiled, r
     """One packed batch has the loss and the gradients of the same rows padded: documents do not see each other."""
     model, tokenizer = base_models.load(str(request.getfixturevalue(architecture)), dtype=torch.float32, device="cpu")
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
-    packed = fine_tuning.pack(Dataset.from_list(encoded), 512, "bfd")
+    packed = packing.pack(Dataset.from_list(encoded), 512, "documents")
     assert len(packed) < 12 and max(map(len, packed["seq_lengths"])) > 1
-    batches = [fine_tuning.Collator(tokenizer.pad_token_id)(encoded),
-               fine_tuning.PackedCollator(tokenizer.pad_token_id, 512)(list(packed))]
+    batches = [data.Collator(tokenizer.pad_token_id)(encoded),
+               packing.PackedCollator(tokenizer.pad_token_id, 512)(list(packed))]
     weight = model.get_input_embeddings().weight
     results = []
-    cross_entropy = fine_tuning.summed_cross_entropy
+    cross_entropy = trainer.summed_cross_entropy
     for batch in batches:
         if compiled and "document" in batch:
             torch._dynamo.reset()
-            fine_tuning.compile_blocks(model)
+            recorded.compile_blocks(model)
             cross_entropy = torch.compile(cross_entropy, dynamic=True)
         model.zero_grad()
-        loss = fine_tuning.completion_loss(model, batch, cross_entropy=cross_entropy)
+        loss = trainer.completion_loss(model, batch, summed=cross_entropy)
         loss.backward()
         results.append((loss.item(), weight.grad.clone()))
     assert results[0][0] == pytest.approx(results[1][0], abs=2e-6)
@@ -93,11 +123,11 @@ def test_packed_documents_train_like_rows_of_their_own(architecture, compiled, r
 def test_wrapped_rows_are_one_text_each_and_keep_every_token(architecture, request):
     model, tokenizer = base_models.load(str(request.getfixturevalue(architecture)), dtype=torch.float32, device="cpu")
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
-    rows = list(fine_tuning.pack(Dataset.from_list(encoded), 256, "wrapped"))
+    rows = list(packing.pack(Dataset.from_list(encoded), 256, "wrapped"))
     stream = [token for row in encoded for token in row["input_ids"]]
     assert [token for row in rows for token in row["input_ids"]] == stream
     assert all(len(row["input_ids"]) == 256 for row in rows[:-1]) and 0 < len(rows[-1]["input_ids"]) < 256
-    collate = fine_tuning.PackedCollator(tokenizer.pad_token_id, 256)
+    collate = packing.PackedCollator(tokenizer.pad_token_id, 256)
     whole, padded = collate(rows[:2]), collate(rows[-2:])
     assert whole.keys() == padded.keys(), "a compiled model would be compiled again for the one row that is short"
     expected = []
@@ -106,11 +136,11 @@ def test_wrapped_rows_are_one_text_each_and_keep_every_token(architecture, reque
         mask = (torch.arange(256) < torch.tensor([[256], [last]])).long()
         with torch.inference_mode():
             expected.append(model(input_ids=batch["input_ids"], labels=batch["labels"], attention_mask=mask).loss.item())
-            assert fine_tuning.completion_loss(model, batch).item() == pytest.approx(expected[-1], abs=2e-6)
-    assert recorded.use_plain_causal_attention(model) == (architecture == "tiny")  # BLOOM has its own
+            assert trainer.completion_loss(model, batch).item() == pytest.approx(expected[-1], abs=2e-6)
+    assert attention.use_plain_causal_attention(model) == (architecture == "tiny")  # BLOOM has its own
     for batch, loss in zip((whole, padded), expected, strict=True):
         with torch.inference_mode():
-            assert fine_tuning.completion_loss(model, batch).item() == pytest.approx(loss, abs=2e-6)
+            assert trainer.completion_loss(model, batch).item() == pytest.approx(loss, abs=2e-6)
 
 
 def test_plain_causal_attention_leaves_masks_and_generation_as_they_were(tiny):
@@ -126,7 +156,7 @@ def test_plain_causal_attention_leaves_masks_and_generation_as_they_were(tiny):
                     model.generate(ids, attention_mask=mask, **settings), model.generate(ids, **settings)]
 
     before = results()
-    assert recorded.use_plain_causal_attention(model)
+    assert attention.use_plain_causal_attention(model)
     for one, other in zip(before, results(), strict=True):
         torch.testing.assert_close(one, other)
     with torch.inference_mode():
@@ -138,59 +168,60 @@ def test_a_recorded_run_trains_all_modules_in_training_mode(tiny, tmp_path):
     chosen = config(tiny, packing="wrapped", max_length=256)
     model, tokenizer = base_models.load(str(tiny))
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 256)
-    trainer = fine_tuning.make_trainer(chosen, model, tokenizer, encoded, tmp_path)
-    trainer.records, seen = True, []  # three steps warm up before anything is recorded, so this runs on a CPU
-    loss_of = trainer.compute_loss
+    trained_by = training.make_trainer(chosen, model, tokenizer, encoded, tmp_path)
+    trained_by.__class__, seen = recorded.RecordedTrainer, []  # three steps warm up first, so this runs on a CPU
+    loss_of = trained_by.compute_loss
 
     def noted(model, *given, **named):
         seen.append({module.training for module in model.modules()})
         return loss_of(model, *given, **named)
 
-    trainer.compute_loss = noted
-    batch = trainer.data_collator(list(trainer.train_dataset)[:2])
-    losses = [trainer.training_step(trainer.model, batch, torch.tensor(100.0)).item()]
-    trainer.records = False
-    losses.append(trainer.training_step(trainer.model, batch, torch.tensor(100.0)).item())
+    trained_by.compute_loss = noted
+    batch = trained_by.data_collator(list(trained_by.train_dataset)[:2])
+    losses = [trained_by.training_step(trained_by.model, batch, torch.tensor(100.0)).item()]
+    trained_by.__class__ = trainer.CompletionTrainer
+    losses.append(trained_by.training_step(trained_by.model, batch, torch.tensor(100.0)).item())
     assert seen == [{True}, {True}] and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_layers_that_see_a_window_keep_their_mask(tmp_path):
     model, _ = base_models.load(str(make_tiny(tmp_path / "windowed", "mistral", sliding_window=8)), dtype=torch.float32,
                                 device="cpu")
-    assert not recorded.use_plain_causal_attention(model) and model.config._attn_implementation == "sdpa"
+    assert not attention.use_plain_causal_attention(model) and model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("strategy", "completion_only"), [("wrapped", True), ("wrapped", False), ("bfd", True), ("bfd", False)])
-def test_batches_of_one_shape_score_the_same(strategy, completion_only, tiny):
+@pytest.mark.parametrize(("kind", "completion_only"), [
+    ("wrapped", True), ("wrapped", False), ("documents", True), ("documents", False)])
+def test_batches_of_one_shape_score_the_same(kind, completion_only, tiny):
     """Short batches are filled up with padding, and scored places with some that count for nothing."""
     model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 24), 512)
     if not completion_only:
         encoded = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in encoded]
-    rows = list(fine_tuning.pack(Dataset.from_list(encoded), 256, strategy))
-    most = fine_tuning.most_scored([row["labels"] for row in rows], 4)
-    assert most == max(len(fine_tuning.PackedCollator(0, 256)(list(four))["places"])
+    rows = list(packing.pack(Dataset.from_list(encoded), 256, kind))
+    most = packing.most_scored([row["labels"] for row in rows], 4)
+    assert most == max(len(packing.PackedCollator(0, 256)(list(four))["places"])
                        for four in itertools.combinations(rows, 4))
-    loose, fixed = (fine_tuning.PackedCollator(tokenizer.pad_token_id, 256, *given) for given in ((), (4, most)))
+    loose, fixed = (packing.PackedCollator(tokenizer.pad_token_id, 256, *given) for given in ((), (4, most)))
     shapes = [{name: tensor.shape for name, tensor in fixed(rows[:n]).items()} for n in (1, 2, 4)]
     assert shapes[0] == shapes[1] == shapes[2] and shapes[0]["input_ids"] == (4, 256)
     assert ("places" in shapes[0]) == completion_only and shapes[0]["targets"] == ((most,) if completion_only else (1024,))
     with torch.inference_mode():
-        losses = [fine_tuning.completion_loss(model, collate(rows[:2])).item() for collate in (loose, fixed)]
-        nothing = fine_tuning.completion_loss(model, fixed([]))
+        losses = [trainer.completion_loss(model, collate(rows[:2])).item() for collate in (loose, fixed)]
+        nothing = trainer.completion_loss(model, fixed([]))
     # All places of a row are summed in another order than those that are picked out.
     assert losses[0] == pytest.approx(losses[1], abs=1e-6 if completion_only else 4e-6) and nothing.item() == 0
 
 
 def test_steps_are_recorded_only_where_nothing_changes_between_them(tiny):
     good = {"packing": "wrapped", "compile": True}
-    assert fine_tuning.records_steps(config(tiny, **good), 1, "llama")
-    assert fine_tuning.records_steps(config(tiny, **good), 1, "bloom")
-    assert fine_tuning.records_steps(config(tiny, **good | {"packing": "documents"}), 1, "llama")
+    assert recorded.records_steps(config(tiny, **good), 1, "llama")
+    assert recorded.records_steps(config(tiny, **good), 1, "bloom")
+    assert recorded.records_steps(config(tiny, **good | {"packing": "documents"}), 1, "llama")
     for changes, world, kind in (({"packing": "none"}, 1, "llama"), ({"packing": "documents"}, 1, "bloom"), ({}, 2, "llama"),
                                  ({}, 1, "mistral"),
                                  ({"gradient_accumulation": 2}, 1, "llama"), ({"gradient_checkpointing": True}, 1, "llama")):
-        assert not fine_tuning.records_steps(config(tiny, **good | changes), world, kind), changes
+        assert not recorded.records_steps(config(tiny, **good | changes), world, kind), changes
 
 
 def test_a_recording_gets_every_batch_and_hands_out_its_gradients(monkeypatch):
@@ -232,10 +263,10 @@ def test_a_recorded_run_learns_what_an_unrecorded_one_does(architecture, changes
     replays = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
-    with_graph = fine_tuning.fine_tune(chosen, tmp_path / "recorded")["loss_log"]
+    with_graph = train(chosen, tmp_path / "recorded")["loss_log"]
     assert len(replays) == 9 and len(set(map(id, replays))) == 1, "three steps warm up, one recording serves all others"
-    monkeypatch.setattr(fine_tuning, "records_steps", lambda *_: False)
-    without = fine_tuning.fine_tune(chosen, tmp_path / "not")["loss_log"]
+    monkeypatch.setattr(recorded, "records_steps", lambda *_: False)
+    without = train(chosen, tmp_path / "not")["loss_log"]
     assert len(replays) == 9 and len({loss for _, loss in with_graph}) == 12
     for (_, one), (_, other) in zip(with_graph, without, strict=True):
         assert one == pytest.approx(other, rel=2e-3)
@@ -244,33 +275,34 @@ def test_a_recorded_run_learns_what_an_unrecorded_one_does(architecture, changes
 def test_a_model_without_positions_is_not_packed(tmp_path):
     base = make_tiny(tmp_path / "tiny-mpt", "mpt")
     with pytest.raises(WorkbookError, match="packing='documents' cannot be used with .*tiny-mpt"):
-        fine_tuning.fine_tune(config(base, packing="documents"), tmp_path / "run")
+        train(config(base, packing="documents"), tmp_path / "run")
 
 
 def test_accumulated_batches_train_like_one_large_batch(tiny, tmp_path):
-    once = fine_tuning.fine_tune(config(tiny, batch_size=8), tmp_path / "once")
-    twice = fine_tuning.fine_tune(config(tiny, batch_size=4, gradient_accumulation=2), tmp_path / "twice")
+    once = train(config(tiny, batch_size=8), tmp_path / "once")
+    twice = train(config(tiny, batch_size=4, gradient_accumulation=2), tmp_path / "twice")
     for (_, a), (_, b) in zip(once["loss_log"], twice["loss_log"], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
 
 def test_a_run_learns_is_repeatable_and_its_adapter_is_what_was_trained(tiny, tmp_path):
     chosen = config(tiny, max_steps=30, learning_rate=3e-2, precision="full")
-    first = fine_tuning.fine_tune(chosen, tmp_path / "first")
+    first = train(chosen, tmp_path / "first")
     assert first["final_loss"] < first["loss_log"][0][1] - 0.1, "the loss did not fall"
-    assert fine_tuning.fine_tune(chosen, tmp_path / "again")["loss_log"] == first["loss_log"]
-    trained, tokenizer = fine_tuning.load_trained(chosen, tmp_path / "first")
+    assert train(chosen, tmp_path / "again")["loss_log"] == first["loss_log"]
+    model, tokenizer = base_models.load(chosen.base_model, chosen.precision)
+    trained = PeftModel.from_pretrained(model, tmp_path / "first" / "trained").eval()
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 64), 512)
-    batch = fine_tuning.Collator(tokenizer.pad_token_id)(encoded)
+    batch = data.Collator(tokenizer.pad_token_id)(encoded)
     with torch.inference_mode():
-        with_adapter = fine_tuning.completion_loss(trained, batch).item()
+        with_adapter = trainer.completion_loss(trained, batch).item()
         with trained.disable_adapter():
-            without = fine_tuning.completion_loss(trained, batch).item()
+            without = trainer.completion_loss(trained, batch).item()
     assert with_adapter < without - 0.1
     with pytest.raises(WorkbookError, match="already holds a training run"):
-        fine_tuning.fine_tune(chosen, tmp_path / "first")
+        train(chosen, tmp_path / "first")
     with pytest.raises(WorkbookError, match="was made with seed=0, not 1"):
-        fine_tuning.fine_tune(config(tiny, max_steps=30, learning_rate=3e-2, precision="full", seed=1), tmp_path / "first",
+        train(config(tiny, max_steps=30, learning_rate=3e-2, precision="full", seed=1), tmp_path / "first",
                               resume=True)
 
 
@@ -278,8 +310,8 @@ def test_the_adapter_of_a_4bit_base_trains_in_float32(tiny, tmp_path):
     chosen = config(tiny)
     model, tokenizer = base_models.load(str(tiny), "4bit")
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 8), 512)
-    trainer = fine_tuning.make_trainer(chosen, model, tokenizer, encoded, tmp_path)
-    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    made = training.make_trainer(chosen, model, tokenizer, encoded, tmp_path)
+    assert {p.dtype for p in made.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize(("steps", "checkpoint", "logged"), [
@@ -289,12 +321,12 @@ def test_checkpoints_stand_where_a_loss_is_logged(tiny, tmp_path, steps, checkpo
     chosen = config(tiny, max_steps=steps, checkpoint_steps=checkpoint, precision="full")
     model, tokenizer = base_models.load(str(tiny))
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 8), 512)
-    assert fine_tuning.make_trainer(chosen, model, tokenizer, encoded, tmp_path).args.logging_steps == logged
+    assert training.make_trainer(chosen, model, tokenizer, encoded, tmp_path).args.logging_steps == logged
 
 
 def test_every_epoch_has_its_own_order_and_every_row_once():
     lengths = [random.Random(i).randint(5, 100) for i in range(1003)]
-    sampler = fine_tuning.LengthSampler(lengths, 8, seed=1)
+    sampler = trainer.LengthSampler(lengths, 8, seed=1)
     first, again = list(sampler), list(sampler)
     assert first == again and sorted(first) == list(range(1003))
     sampler.set_epoch(1)
@@ -310,30 +342,30 @@ def test_only_a_complete_checkpoint_is_resumed(tmp_path):
         folder.mkdir()
         if complete:
             (folder / "complete.json").write_text("{}")
-    assert fine_tuning.last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert fine_tuning.last_checkpoint(tmp_path / "none") is None
+    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert trainer.last_checkpoint(tmp_path / "none") is None
 
 
 def test_publishing_is_all_or_nothing(tiny, tmp_path, monkeypatch):
     chosen = config(tiny, max_steps=2)
-    fine_tuning.fine_tune(chosen, tmp_path / "run")
+    train(chosen, tmp_path / "run")
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
-    metrics = {"evaluation": {"rows": 10, "source": "practice", "main": "exact", "base": {"exact": estimate},
-                              "adapter": {"exact": {**estimate, "value": 0.75}}}}
+    measured = {"rows": 10, "source": "practice", "main": "exact", "base": {"exact": estimate},
+                "adapter": {"exact": {**estimate, "value": 0.75}}}
     target = tmp_path / "adapters" / "mine"
     with monkeypatch.context() as broken:
-        broken.setattr("helpers.cards.model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        broken.setattr("helpers.publishing.model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(WorkbookError, match="its disk is full"):
-            fine_tuning.publish(tmp_path / "run", target, metrics)
+            publishing.publish(tmp_path / "run", target, measured)
     assert list(target.parent.iterdir()) == [], "a half-written adapter was left behind"
-    fine_tuning.publish(tmp_path / "run", target, metrics)
+    publishing.publish(tmp_path / "run", target, measured)
     assert sorted(p.name for p in target.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors",
                                                         "metrics.json"]
     card = (target / "README.md").read_text()
     assert "| adapter | 0.750 [0.400, 0.600] |" in card and "base_model: tiny-llama" in card and str(tmp_path) not in card
     assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama"
     with pytest.raises(WorkbookError, match="already exists"):
-        fine_tuning.publish(tmp_path / "run", target, metrics)
+        publishing.publish(tmp_path / "run", target, measured)
 
 
 def small(tiny):
@@ -363,7 +395,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_loss(tiny, tmp_path, jobs, 
     assert resumed.returncode == 0 and "Going on from checkpoint-" in resumed.stdout, resumed.stdout[-2000:] + resumed.stderr
     whole = jobs("run", "sql", *small(tiny))
     assert whole.returncode == 0, whole.stdout[-2000:]
-    losses = [json.loads((folder / "trained" / "result.json").read_text())["loss_log"]
+    losses = [json.loads((folder / "trained" / "metrics.json").read_text())["loss_log"]
               for folder in (interrupted, the_run(tmp_path, exclude=[interrupted.name]))]
     assert len(losses[0]) == len(losses[1]) == 60
     assert losses[0] == losses[1], "the resumed run took another path"

@@ -1,0 +1,93 @@
+"""Packed rows: several documents in one row, or one stream cut into rows, instead of padding."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+from torch.nn.functional import pad
+from trl import pack_dataset
+
+from helpers import WorkbookError
+from helpers.fast import bloom
+from helpers.trainer import next_tokens, scored_places
+
+STRATEGIES = {"documents": "bfd", "wrapped": "wrapped"}  # our name: TRL's
+
+
+def pack(dataset: Dataset, length: int, packing: str) -> Dataset:
+    """Rows packed into rows of at most `length` tokens, by TRL.
+
+    "documents": whole documents, best-fit decreasing, whose lengths are in ``seq_lengths``.
+    "wrapped": one stream, cut anywhere.
+    """
+    disable_progress_bar()
+    try:
+        return pack_dataset(dataset, length, STRATEGIES[packing])
+    finally:
+        enable_progress_bar()
+
+
+def check_documents(model, name: str) -> None:
+    """Raise WorkbookError for a model in which documents of one row would see each other.
+
+    Positions and a mask keep them apart: the model must take positions, or have our ALiBi.
+    """
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if not takes_positions and model.config._attn_implementation != bloom.NAME:
+        raise WorkbookError(f"packing='documents' cannot be used with {name}: it takes no "
+                            "position_ids, so documents in one row would see each other. Use "
+                            "packing='none'.")
+
+
+def most_scored(labels: list[list[int]], rows: int) -> int:
+    """The most places that a batch of so many rows can score."""
+    counts = sorted(sum(label != -100 for label in row[1:]) for row in labels)
+    return sum(counts[-rows:])
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Packed rows to a batch of a fixed width, so that every step has the same shapes.
+
+    Rows with ``seq_lengths`` hold documents that stay apart: ``position_ids`` start at 0 in each,
+    and ``document`` numbers them; padding counts as one more, with no labels. Other rows are one
+    text each and get no mask: padding follows the text, so no token of the text sees it.
+    ``places`` are those to score, ``targets`` what each is scored on (-100: nothing). They are
+    found here because looking for them on the GPU would make every step wait.
+    With `rows` and `scored` all batches have one shape: a short batch is filled up with padding,
+    and the places with some that count for nothing, up to `scored`. Where that is nearly every
+    place, all are taken, and there are no ``places``.
+    """
+
+    pad_token_id: int
+    width: int
+    rows: int = 0
+    scored: int = 0
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        nothing = {"input_ids": [], "labels": [], "seq_lengths": []}
+        rows = [*rows, *[nothing] * (self.rows - len(rows))]
+        batch = {"input_ids": torch.full((len(rows), self.width), self.pad_token_id),
+                 "labels": torch.full((len(rows), self.width), -100)}
+        for i, row in enumerate(rows):
+            for name, tensor in batch.items():
+                tensor[i, :len(row[name])] = torch.tensor(row[name], dtype=torch.long)
+        batch["targets"] = next_tokens(batch["labels"])
+        if self.scored < 0.9 * batch["targets"].numel():
+            places, targets = scored_places(batch["targets"])
+            more = max(0, self.scored - len(places))
+            batch["places"] = pad(places, (0, more))
+            batch["targets"] = pad(targets, (0, more), value=-100)
+        if "seq_lengths" in rows[0]:
+            positions, documents = [], []
+            for row in rows:
+                lengths = [*row["seq_lengths"], self.width - len(row["input_ids"])]
+                positions.append(torch.cat([torch.arange(length) for length in lengths]))
+                documents.append(torch.repeat_interleave(torch.tensor(lengths)))
+            batch["position_ids"] = torch.stack(positions)
+            batch["document"] = torch.stack(documents)
+        return batch

@@ -1,0 +1,213 @@
+"""From a trained adapter to a folder that others can use: weights, config, metrics.json and a card.
+
+metrics.json is the one record of a run: `training` begins it, `publish` adds the evaluation, and
+every number of the card comes from it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from helpers import (
+    METRICS,
+    WorkbookError,
+    base_models,
+    disk_errors,
+    read_json,
+    sha256,
+    write_json,
+    write_text,
+)
+from helpers.recipes import check_free
+from helpers.registry import resolve
+from helpers.tasks import get_task
+
+CARD, WEIGHTS, CONFIG = "README.md", "adapter_model.safetensors", "adapter_config.json"
+
+
+def save_adapter(model, base_model: str, folder: Path) -> None:
+    """Write a PEFT model's active adapter as bfloat16 safetensors, and a config that names the base
+    model, not a path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.to("cpu", torch.bfloat16).contiguous()
+               for name, tensor in get_peft_model_state_dict(model).items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    lora, base = model.peft_config[model.active_adapter], resolve(base_model)
+    lora.save_pretrained(folder)
+    changes = {"base_model_name_or_path": base.hub_id or base.name, "inference_mode": True,
+               "revision": base_models.revision_of(base_model),
+               "target_modules": sorted(lora.target_modules)}
+    write_json(folder / CONFIG, {**read_json(folder / CONFIG), **changes})
+
+
+def save_trained(model, record: dict, run_dir: Path) -> None:
+    """Put adapter and record into ``run_dir/trained``, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=run_dir) as temporary:
+        folder = Path(temporary) / "trained"
+        save_adapter(model, record["config"]["base_model"], folder)
+        write_json(folder / METRICS, record)
+        shutil.rmtree(run_dir / "trained", ignore_errors=True)
+        os.replace(folder, run_dir / "trained")
+
+
+def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[dict] | None = None,
+            command: str = "") -> Path:
+    """Make `adapter_dir` from ``run_dir/trained``, all or nothing; the run keeps the same record.
+
+    evaluation: what was measured, see `evaluation_table`. examples: rows to show, each with the
+    keys note, prompt, adapter and reference. command: how the run was started.
+    Raises WorkbookError when the folder exists, or a disk is full.
+    """
+    run_dir, adapter_dir = Path(run_dir), Path(adapter_dir)
+    check_free(adapter_dir)
+    record = read_json(run_dir / "trained" / METRICS)
+    del record["loss_log"]
+    data = Path(record["config"]["data"])
+    record["config"]["data"] = data.name if data.is_absolute() else str(data)  # no folder of ours
+    record |= {"evaluation": evaluation, "command": command, "examples": examples or [],
+               "weights_sha256": sha256(run_dir / "trained" / WEIGHTS)}  # checked when it is read
+    with disk_errors(adapter_dir.parent, "the adapter"):
+        adapter_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".publishing-", dir=adapter_dir.parent) as folder:
+            staging = Path(folder) / "adapter"
+            shutil.copytree(run_dir / "trained", staging)
+            write_record(staging, record)
+            if adapter_dir.is_dir():
+                adapter_dir.rmdir()  # empty, as checked
+            os.replace(staging, adapter_dir)
+        write_json(run_dir / METRICS, {**record, "adapter": adapter_dir.name})
+    return adapter_dir
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """metrics.json and the card made from it. A record that makes no card changes nothing."""
+    card = model_card(record)
+    write_json(Path(folder) / METRICS, record)
+    write_text(Path(folder) / CARD, card)
+
+
+def update_card(folder: Path, **changes) -> dict:
+    """Change what an adapter's metrics.json says (an evaluation, examples) and its card with it.
+
+    Returns the new record. Raises WorkbookError when the folder has no metrics.json of this
+    project, or the disk is full.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise WorkbookError(f"{folder} has no {METRICS}, so its card cannot be kept up: publish it "
+                            "with notebook 04.")
+    record = {**read_json(path), **changes}
+    with disk_errors(Path(folder), "the card"):
+        write_record(folder, record)
+    return record
+
+
+# --- the card
+
+def model_card(record: dict) -> str:
+    """The text of a card. record: the content of metrics.json."""
+    task, base = get_task(record["config"]["task"]), resolve(record["config"]["base_model"])
+    template = task.template.encode("unicode_escape").decode()
+    lines = ["---", f"base_model: {base.hub_id or base.name}", "library_name: peft",
+             "pipeline_tag: text-generation", "tags: [lora]", "---", "",
+             f"# {task.title}: a LoRA adapter for {base.name}", "",
+             f"Trained by the LoRA Workbook. Prompt: `{template}`",
+             "", *markdown_table(["", ""], _facts(record, base)), "", "## Measured", ""]
+    evaluations = [one for one in (record.get("evaluation"), *record.get("more", [])) if one]
+    for evaluation in evaluations:
+        lines += [*evaluation_table(evaluation), ""]
+    if not evaluations:
+        lines += ["Not evaluated.", ""]
+    if record.get("tried"):
+        names = list(dict.fromkeys(name for run in record["tried"] for name in run))
+        rows = [[run.get(name, "") for name in names] for run in record["tried"]]
+        lines += ["## What was tried", "", *markdown_table(names, rows, numbers_from=0), ""]
+    for example in record.get("examples", []):
+        lines += [f"**Prompt** ({example['note']})", "", *_block(example["prompt"].strip()),
+                  "adapter:", "", *_block(example["adapter"]),
+                  "expected:", "", *_block(example["reference"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _facts(record: dict, base) -> list[list[str]]:
+    config = record["config"]
+    packed = ""
+    if config.get("packing", "none") != "none":
+        packed = f" packed into rows of {config['max_length']} tokens"
+    rows_a_step = config["batch_size"] * config["gradient_accumulation"] * record["workers"]
+    command = [["command", f"`{record['command']}`"]] if record.get("command") else []
+    return [
+        ["base model", f"{base.hub_id or base.name}, revision {record['base_revision']}, licence "
+                       f"{base.licence}"],
+        ["data", f"{record['data_source']}: {record['rows']:,} training rows{packed}. "
+                 f"{record['data_licence']}"],
+        ["LoRA", f"rank {config['rank']}, alpha {config['alpha']}, dropout {config['dropout']:g}, "
+                 f"{record['trained_parameters']:,} parameters"],
+        ["training", f"{record['steps']:,} steps of {rows_a_step} rows, learning rate "
+                     f"{config['learning_rate']:g} {config['schedule']}, {config['optimizer']}, "
+                     f"base weights {config['precision']}, computing in "
+                     f"{record['dtype'].removeprefix('torch.')}, seed {config['seed']}"],
+        ["hardware", f"{record['hardware']}, {record['workers']} worker(s), "
+                     f"{record['training_seconds'] / 60:.1f} minutes"],
+        ["adapter licence", "Apache-2.0 for the weights; the base model's and the data's licences "
+                            "apply too"], *command]
+
+
+def _block(text: str) -> list[str]:
+    return ["```", text, "```", ""]
+
+
+def markdown_table(header: list, rows: list[list], numbers_from: int | None = None) -> list[str]:
+    """Lines of a Markdown table; columns from `numbers_from` on are aligned to the right."""
+    right = len(header) if numbers_from is None else numbers_from
+    rule = ["---" if column < right else "---:" for column in range(len(header))]
+    lines = []
+    for cells in (header, rule, *rows):
+        lines.append("|" + "|".join(f" {cell} " if cell != "" else " " for cell in cells) + "|")
+    return lines
+
+
+def evaluation_table(evaluation: dict) -> list[str]:
+    """One evaluation as lines: a row per system, a column per metric, mean with interval.
+
+    evaluation: {"rows", "source", "hardware", system: {metric: {"value", "low", "high"}}, ...}. The
+    cell of a metric that a system lacks stays empty.
+    """
+    systems = {who: metrics for who, metrics in evaluation.items() if isinstance(metrics, dict)}
+    names = list(dict.fromkeys(name for metrics in systems.values() for name in metrics))
+    rows = []
+    for who, metrics in systems.items():
+        rows.append([who, *(_interval(metrics[name]) if name in metrics else "" for name in names)])
+    hardware = evaluation.get("hardware")
+    measured = f", measured on {hardware}" if hardware else ""
+    return [f"On {evaluation['rows']:,} validation rows of {evaluation['source']}{measured}, "
+            "greedy decoding; mean with 95% bootstrap interval.", "",
+            *markdown_table(["", *names], rows, numbers_from=1)]
+
+
+def _interval(metric: dict) -> str:
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**metric)
+
+
+def tried(folders: list[Path]) -> list[dict]:
+    """What `model_card` shows of runs, from the metrics.json that notebook 04 left in each
+    folder."""
+    runs = []
+    for folder in folders:
+        record = read_json(Path(folder) / METRICS)
+        config, adapter = record["config"], record["evaluation"]["adapter"]
+        runs.append({
+            "learning rate": f"{config['learning_rate']:g}", "epochs": f"{config['epochs']:g}",
+            "rank": config["rank"], "steps": record["steps"],
+            "minutes": f"{record['training_seconds'] / 60:.1f}",
+            "validation rows": record["evaluation"]["rows"],
+            **{name: _interval(metric) for name, metric in adapter.items()}})
+    return runs

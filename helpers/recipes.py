@@ -1,0 +1,159 @@
+"""Recipes: everything that decides a fine-tuning run, and three presets of it. No heavy imports."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import KINDS, WorkbookError, check_numbers, closest
+from helpers.data import has_practice_rows
+from helpers.registry import EMBEDDED, resolve
+from helpers.tasks import get_task
+from helpers.workers import read_place
+
+# A preset is what the parameters left at None become. `reference` is the recipe of the demo that
+# this workbook grew from: every token is scored, and documents are packed end to end at 1,024
+# tokens.
+PRESETS: dict[str, dict] = {
+    "default": dict(
+        precision="4bit", rank=16, alpha=32, dropout=0.0, learning_rate=2e-3, schedule="cosine",
+        epochs=1.0, max_rows=640, data_fraction=1.0, batch_size=8, gradient_accumulation=1,
+        max_length=512, packing="none", optimizer="adamw_torch", completion_only=True),
+    "full_data": dict(
+        precision="full", rank=8, alpha=16, dropout=0.0, learning_rate=2e-3, schedule="cosine",
+        epochs=4.0, max_rows=-1, data_fraction=1.0, batch_size=32, gradient_accumulation=1,
+        max_length=1024, packing="documents", optimizer="adamw_torch", completion_only=True),
+    "reference": dict(
+        precision="4bit", rank=16, alpha=32, dropout=0.05, learning_rate=2e-4, schedule="constant",
+        epochs=1.0, max_rows=-1, data_fraction=1.0, batch_size=1, gradient_accumulation=4,
+        max_length=1024, packing="wrapped", optimizer="paged_adamw_32bit", completion_only=False),
+}
+REFERENCE_TASKS = {"instruct": dict(data_fraction=0.3), "sql": dict(epochs=2.0),
+                   "detox": dict(epochs=4.0)}
+BOUNDS = (("rank", 1, 1024), ("alpha", 1, 4096), ("dropout", 0.0, 0.9),
+          ("learning_rate", 1e-8, 1.0), ("epochs", 1e-6, 10_000), ("data_fraction", 1e-9, 1.0),
+          ("batch_size", 1, 65_536), ("gradient_accumulation", 1, 65_536),
+          ("max_length", 8, 131_072), ("checkpoint_steps", 1, 10**9), ("seed", 0, 2**32 - 1))
+CHOICES = {"precision": ("4bit", "full"), "schedule": ("cosine", "constant", "linear"),
+           "optimizer": ("adamw_torch", "paged_adamw_32bit"),
+           "packing": ("none", "documents", "wrapped")}
+MAY_BE_NONE = ("target_modules", "max_steps")
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """A run's whole recipe, checked when it is made. `from_parameters` fills in a preset first.
+
+    precision: of the base weights, "4bit" (NF4, QLoRA) or "full".
+    rank, alpha: the update of a layer is alpha / rank * B @ A (LoRA, arXiv:2106.09685, section
+    4.1). target_modules: comma-separated names of linear layers; None: all of the transformer
+    blocks. max_rows: training rows at most, -1: all. data_fraction: share of the split's rows.
+    max_steps: optimizer steps; None: as many as the epochs need.
+    batch_size: rows per worker and forward pass. max_length: in tokens.
+    packing: "none" pads rows of like length; "documents" puts several into one row of max_length
+    tokens, where each sees only itself; "wrapped" cuts one long stream into rows.
+    completion_only: score the completion's tokens alone.
+    compile: torch.compile; for packed rows on one GPU a step is also recorded as a CUDA graph.
+
+    Raises WorkbookError that names the first value which cannot work; nothing is loaded or created.
+    """
+
+    task: str
+    base_model: str = EMBEDDED
+    data: str = "practice"
+    preset: str = "default"
+    precision: str = None
+    rank: int = None
+    alpha: int = None
+    dropout: float = None
+    target_modules: str = None
+    learning_rate: float = None
+    schedule: str = None
+    epochs: float = None
+    max_steps: int = None
+    max_rows: int = None
+    data_fraction: float = None
+    batch_size: int = None
+    gradient_accumulation: int = None
+    max_length: int = None
+    packing: str = None
+    optimizer: str = None
+    completion_only: bool = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    checkpoint_steps: int = 20
+    seed: int = 0
+
+    @classmethod
+    def from_parameters(cls, **parameters) -> FineTuneConfig:
+        """A complete config: parameters that are None or absent take the preset's value."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name in parameters:
+            if name not in fields:
+                raise WorkbookError(f"parameter {name!r} is unknown to fine-tuning; "
+                                    f"{closest(name, fields)}")
+        task = get_task(parameters.get("task", ""))
+        preset = parameters.get("preset") or "default"
+        if preset not in PRESETS:
+            raise WorkbookError(f"preset {preset!r} is unknown; {closest(preset, PRESETS)}")
+        of_task = REFERENCE_TASKS.get(task.name, {}) if preset == "reference" else {}
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return cls(**{**PRESETS[preset], **of_task, **given, "preset": preset})
+
+    def __post_init__(self):
+        self._check_types()
+        get_task(self.task)
+        resolve(self.base_model)
+        check_numbers(self, BOUNDS)
+        if self.max_rows < 1 and self.max_rows != -1:
+            raise WorkbookError(f"max_rows is {self.max_rows}: it must be at least 1, or -1 for "
+                                "all rows.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise WorkbookError(f"max_steps is {self.max_steps}: it must be at least 1; leave it "
+                                "out to train for the epochs.")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise WorkbookError(f"{name} is {getattr(self, name)!r}: use "
+                                    f"{' or '.join(allowed)}.")
+        if self.data == "practice":
+            if not has_practice_rows(self.task):
+                raise WorkbookError(f"task {self.task!r} has no practice data: give a .jsonl file "
+                                    "with data=….")
+        elif not self.data.startswith("hub") and not os.path.isfile(os.path.expanduser(self.data)):
+            raise WorkbookError(f"data is {self.data!r}, which is not an existing file: give a "
+                                ".jsonl or .jsonl.gz file, 'practice' or 'hub'.")
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value, (kind, words) = getattr(self, field.name), KINDS[field.type]
+            if value is None and field.name in MAY_BE_NONE:
+                continue
+            is_kind = isinstance(value, (int, float) if kind is float else kind)
+            if not is_kind or isinstance(value, bool) != (kind is bool):
+                raise WorkbookError(f"{field.name} is {value!r}: it must be {words}.")
+
+
+def check_parameters(parameters: dict) -> dict:
+    """What the job checks before a kernel starts: notebook 04's parameters make a valid config.
+
+    Returns the whole config: what the parameters left at None stand for.
+    """
+    names = {field.name for field in dataclasses.fields(FineTuneConfig)}
+    config = FineTuneConfig.from_parameters(
+        **{name: value for name, value in parameters.items() if name in names})
+    read_place(parameters.get("workers_on") or "")
+    if parameters.get("eval_rows", 1) < 1:
+        raise WorkbookError(f"eval_rows is {parameters['eval_rows']}: it must be at least 1.")
+    if parameters.get("adapter_dir") and not parameters.get("resume"):
+        check_free(Path(parameters["adapter_dir"]))
+    return dataclasses.asdict(config)
+
+
+def check_free(folder: Path) -> None:
+    """Raise WorkbookError when `folder` already holds something: an adapter is never
+    overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WorkbookError(f"The output folder {folder} already exists and is not empty: choose "
+                            "another adapter_dir or remove it.")

@@ -1,0 +1,281 @@
+"""From a checked recipe to a trained adapter: TRL's trainer set up well, and resumable.
+
+`train` trains what the caller loaded. `train_on_workers` starts a group of processes
+(helpers.workers), each of which runs ``python -m helpers.training <run_dir>``. Either way
+checkpoints are in ``run_dir/checkpoints`` and the adapter in ``run_dir/trained``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import set_seed
+from trl import SFTConfig
+
+from helpers import METRICS, WorkbookError, base_models, data, disk_errors, read_json, write_json
+from helpers.fast import attention, packing, recorded
+from helpers.publishing import save_trained
+from helpers.recipes import FineTuneConfig
+from helpers.tasks import get_task
+from helpers.trainer import CompletionTrainer, last_checkpoint, summed_cross_entropy
+from helpers.workers import group, launch, plan
+
+SETTINGS = "config.json"  # in a run's folder: its recipe and number of workers
+
+
+def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Path,
+          resume: bool = False) -> dict:
+    """Train an adapter on a loaded base model and save it in ``run_dir/trained``.
+
+    The loss is the mean cross-entropy over the scored tokens of the whole batch. The base model is
+    afterwards as it was. resume: go on from the newest complete checkpoint of `run_dir`.
+    Returns the run's record, on every worker; rank 0 writes it beside the adapter, as metrics.json.
+    Raises WorkbookError for bad data, a full disk, too little memory, or a folder of another run.
+    """
+    run_dir = Path(run_dir)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    _open_run(config, run_dir, world, resume)
+    set_seed(config.seed)
+    limit = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    if config.max_length > limit:
+        raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} "
+                            f"reads at most {limit}: lower max_length.")
+    encoded, left_out = data.encode_rows(tokenizer, get_task(config.task), rows.rows,
+                                         config.max_length)
+    trainer = make_trainer(config, model, tokenizer, encoded, run_dir)
+    checkpoint = last_checkpoint(run_dir / "checkpoints")
+    if is_main():
+        _say_what_begins(config, rows, len(encoded), left_out, trainer, checkpoint)
+    try:
+        with disk_errors(run_dir, "a checkpoint"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        result = _record(config, trainer, rows, len(encoded), left_out)
+        if is_main():
+            with disk_errors(run_dir, "the adapter"):
+                save_trained(trainer.accelerator.unwrap_model(trainer.model), result, run_dir)
+    except torch.OutOfMemoryError as error:
+        raise WorkbookError(f"The GPU's memory is too small for batch_size={config.batch_size} and "
+                            f"max_length={config.max_length}: lower batch_size (and raise "
+                            "gradient_accumulation by the same factor), or lower max_length."
+                            ) from error
+    finally:  # the caller gets its model back as it was
+        if config.compile:
+            recorded.undo_compile(model)
+        trainer.accelerator.unwrap_model(trainer.model).unload().eval()
+    return result
+
+
+def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, workers_on: str = "",
+                     resume: bool = False) -> dict:
+    """`train` in a group of processes, here or where `workers_on` says (workers.read_place).
+
+    Each worker loads rows and base model for itself. Returns the run's record. Raises WorkbookError
+    as `train` and `workers.launch` do.
+    """
+    run_dir = Path(run_dir).resolve()
+    _open_run(config, run_dir, workers, resume)
+    base_models.fetch(config.base_model)  # once, before several workers ask for it
+    logs = run_dir / "workers"
+    launch(plan("helpers.training", [str(run_dir)], workers, logs, workers_on), logs)
+    return read_json(run_dir / "trained" / METRICS)
+
+
+def run(config: FineTuneConfig, run_dir: Path, workers: int = 1, workers_on: str = "",
+        resume: bool = False) -> dict:
+    """Load what the recipe names and train it, here or on workers: a run without a notebook."""
+    if workers == 1 and not workers_on:
+        return train(config, *load_inputs(config), run_dir, resume)
+    return train_on_workers(config, run_dir, workers, workers_on, resume)
+
+
+def load_inputs(config: FineTuneConfig):
+    """What a recipe names: ``(rows, model, tokenizer)``."""
+    most = None if config.max_rows == -1 else config.max_rows
+    rows = data.load_rows(config.task, config.data, "train", most, config.data_fraction,
+                          config.seed)
+    return rows, *base_models.load(config.base_model, config.precision)
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, the one that prints and saves."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool) -> None:
+    """Note the recipe in a new run's folder; refuse another run's folder, or another recipe."""
+    settings = {**dataclasses.asdict(config), "workers": workers}
+    known = run_dir / SETTINGS
+    if resume and known.is_file():
+        before = read_json(known)
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise WorkbookError(f"The run in {run_dir} was made with {name}="
+                                    f"{before.get(name)!r}, not {value!r}: resume it unchanged or "
+                                    "start a new one.")
+        return
+    if (run_dir / "checkpoints").exists():
+        raise WorkbookError(f"The output folder {run_dir} already holds a training run: resume it "
+                            "or choose another.")
+    with disk_errors(run_dir, "the training run"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(known, settings)
+
+
+def _say_what_begins(config, rows, used: int, left_out: int, trainer, checkpoint) -> None:
+    world = trainer.accelerator.num_processes
+    if left_out:
+        print(f"{left_out} of {len(rows.rows)} rows are longer than max_length={config.max_length} "
+              "tokens and left out.")
+    print(f"Training on {used:,} rows of {rows.source}, {trainer.args.max_steps:,} steps of "
+          f"{config.batch_size * config.gradient_accumulation * world} rows, {world} "
+          f"worker{'s' * (world > 1)}, {base_models.hardware()}, weights {config.precision}, "
+          f"computing in {base_models.best_dtype()}.", flush=True)
+    if checkpoint:
+        print(f"Going on from {checkpoint.name}.", flush=True)
+
+
+def _record(config, trainer, rows, used: int, left_out: int) -> dict:
+    """What happened, as metrics.json keeps it."""
+    log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    last = [loss for _, loss in log[-max(1, len(log) // 10):]]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {
+        "config": dataclasses.asdict(config), "data_source": rows.source,
+        "data_licence": rows.licence, "rows": used, "rows_left_out": left_out,
+        "steps": trainer.state.global_step, "final_loss": sum(last) / len(last),
+        "training_seconds": trainer.progress.seconds(), "hardware": base_models.hardware(),
+        "workers": trainer.accelerator.num_processes, "dtype": str(base_models.best_dtype()),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "base_revision": base_models.revision_of(config.base_model), "peak_gpu_bytes": peak,
+        "loss_log": log,
+    }
+
+
+# --- the trainer, set up
+
+def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict],
+                 run_dir: Path) -> CompletionTrainer:
+    """The base model with a fresh LoRA adapter inside TRL's trainer.
+
+    Where it differs from TRL's defaults: rows come tokenized by `data.encode_rows`, so training
+    sees the prompt tokens that generation will; gradient checkpointing is off unless asked for;
+    rows of like length share a batch; and the output head only computes the places that are scored.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    packed = config.packing != "none"
+    if config.packing == "documents":
+        packing.check_documents(model, config.base_model)
+    dataset = make_dataset(config, encoded)
+    collator = data.Collator(tokenizer.pad_token_id)
+    if packed:
+        shape = ()
+        if config.compile:  # batches of one shape: rows and places to score
+            shape = config.batch_size, packing.most_scored(dataset["labels"], config.batch_size)
+        collator = packing.PackedCollator(tokenizer.pad_token_id, config.max_length, *shape)
+    lora_model = _with_lora(config, model)
+    if config.packing == "wrapped":
+        attention.use_plain_causal_attention(model)
+    bfloat16 = torch.cuda.is_available() and base_models.best_dtype() == torch.bfloat16
+    kind, summed = CompletionTrainer, summed_cross_entropy
+    if config.compile:
+        recorded.compile_blocks(model, dynamic=not packed)
+        summed = torch.compile(summed_cross_entropy, dynamic=not packed)
+        if bfloat16 and recorded.records_steps(config, world, model.config.model_type):
+            kind = recorded.RecordedTrainer
+    trainer = kind(model=lora_model, args=_arguments(config, len(dataset), world, run_dir),
+                   train_dataset=dataset, processing_class=tokenizer, data_collator=collator,
+                   bfloat16=bfloat16, summed=summed)
+    if trainer.accelerator.num_processes != world:
+        raise WorkbookError(f"{world} workers were asked for and "
+                            f"{trainer.accelerator.num_processes} started: this is a fault of the "
+                            "launcher; start the job again.")
+    return trainer
+
+
+def make_dataset(config: FineTuneConfig, encoded: list[dict]) -> Dataset:
+    """What a run trains on: rows with the labels that the recipe asks for, packed if it says so."""
+    if not config.completion_only:  # nothing stands before a document's first token to predict it
+        encoded = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]}
+                   for row in encoded]
+    dataset = Dataset.from_list(encoded)
+    if config.packing == "none":
+        return dataset
+    return packing.pack(dataset, config.max_length, config.packing)
+
+
+def _with_lora(config: FineTuneConfig, model):
+    found = base_models.lora_target_modules(model)
+    chosen = [name.strip() for name in (config.target_modules or "").split(",") if name.strip()]
+    for name in chosen:
+        if name not in found:
+            raise WorkbookError(f"target_modules names {name!r}, which {config.base_model} does "
+                                f"not have: it has {', '.join(found)}.")
+    model.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, bias="none",
+        task_type="CAUSAL_LM", target_modules=chosen or found))
+
+
+def _arguments(config: FineTuneConfig, rows: int, world: int, run_dir: Path) -> SFTConfig:
+    cuda = torch.cuda.is_available()
+    rows_a_step = config.batch_size * config.gradient_accumulation * world
+    steps = config.max_steps or max(1, math.ceil(config.epochs * rows / rows_a_step))
+    # About 100 losses a run. A checkpoint stands where a loss is logged: otherwise a resumed run
+    # would log the mean of fewer steps.
+    logged = min(config.checkpoint_steps, max(1, steps // 100))
+    while config.checkpoint_steps % logged:
+        logged -= 1
+    fused = cuda and config.optimizer == "adamw_torch"
+    arguments = SFTConfig(
+        output_dir=str(run_dir / "checkpoints"), max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate, lr_scheduler_type=config.schedule,
+        warmup_steps=0 if config.schedule == "constant" else max(1, steps // 20),
+        optim="adamw_torch_fused" if fused else config.optimizer,
+        max_grad_norm=1.0, seed=config.seed, data_seed=config.seed, use_cpu=not cuda,
+        bf16=False,  # compute_loss casts: accelerate's way also turns all logits into float32
+        fp16=cuda and base_models.best_dtype() == torch.float16,
+        gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length,
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+        logging_nan_inf_filter=False,  # it would wait for the GPU in every step
+        logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps,
+        save_total_limit=2, report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda,
+        dataloader_num_workers=2 if cuda else 0, dataloader_persistent_workers=cuda,
+        ddp_find_unused_parameters=False)
+    if cuda:
+        arguments._n_gpu = 1  # else one worker is spread over all the GPUs that it sees
+    # Not what accelerate's variables in the environment say.
+    arguments.mixed_precision = "fp16" if arguments.fp16 else "no"
+    return arguments
+
+
+@record  # a worker's error is kept for its launcher
+def main(run_dir: str) -> None:
+    """One worker of a group: train with the recipe that `train_on_workers` left in the run's
+    folder."""
+    known = Path(run_dir) / SETTINGS
+    if not known.is_file():
+        raise WorkbookError(f"The run folder {run_dir} is not on this host: workers of several "
+                            "hosts need the project and its runs on a file system that all of them "
+                            "share, under the same path.")
+    settings = json.loads(known.read_text())
+    workers = settings.pop("workers")
+    config = FineTuneConfig(**settings)
+    with group(workers, {"run settings": str(config)}):
+        train(config, *load_inputs(config), Path(run_dir), resume=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
