@@ -1,0 +1,303 @@
+"""The bank: one base model in memory, adapters on it, and a swap that copies nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from contextlib import contextmanager
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch.nn.functional import linear
+
+from helpers import WorkbookError, base_models, is_text
+from helpers.adapter_files import AdapterInfo, read_tensors
+from helpers.generation import Answer, Settings, write_batch
+from helpers.registry import EMBEDDED
+
+GREEDY = Settings()
+
+
+class AdapterBank:
+    """One base model and its adapters; which one acts is a pointer, and a swap moves it.
+
+    PEFT's layers hold every adapter's A and B and one field that names the active ones. Here that
+    field is one list, which all layers share: `swap` writes into it. One lock guards the model: a
+    swap waits for the answer that is being written, so that no answer mixes two adapters. Adapter
+    None is the base model itself. adapters: those that are loaded, by name; active: the one that
+    acts; base_bytes: memory of the base model.
+    """
+
+    def __init__(self, base_name: str = EMBEDDED, precision: str = "full", device=None, dtype=None):
+        """Load the base model (precision, device, dtype and errors: see base_models.load)."""
+        self.base_name = base_name
+        self.model, self.tokenizer = base_models.load(base_name, precision, device, dtype)
+        self.base_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.adapters: dict[str, AdapterInfo] = {}
+        self.active: str | None = None
+        self._pointer: list[str] = []  # PEFT's name of the active adapter
+        self._layers: list[LoraLayer] = []
+        self._joined = None, []  # of the last mixed batch: its adapters, and layers side by side
+        self._lock = threading.RLock()
+
+    # --- which adapters are here
+
+    def load(self, info: AdapterInfo) -> float:
+        """Read an adapter again, check it again, and put it beside the others. Returns seconds.
+
+        Raises WorkbookError as `read_adapter` does, or when one of that name is loaded. The bank is
+        then as before, and so it is after an interrupt.
+        """
+        start = time.perf_counter()
+        if info.name in self.adapters:
+            raise WorkbookError(f"An adapter {info.name!r} is already loaded: unload it first.")
+        checked, tensors = read_tensors(info.folder, self.base_name)
+        config = LoraConfig(r=checked.rank, lora_alpha=checked.alpha, use_rslora=checked.use_rslora,
+                            task_type="CAUSAL_LM", target_modules=list(checked.modules),
+                            inference_mode=True)
+        with self._lock:
+            try:
+                self._add(_key(info.name), config, checked.modules, tensors)
+            except BaseException:  # half an adapter would act, for the base model as well
+                self._remove(_key(info.name))
+                raise
+            names = {"name": info.name, "title": info.title}
+            self.adapters[info.name] = dataclasses.replace(checked, **names)
+        return time.perf_counter() - start
+
+    def unload(self, name: str) -> None:
+        """Remove an adapter and free its memory. If it was active, the base model is afterwards."""
+        with self._lock:
+            key = self.key(name)
+            del self.adapters[name]
+            self.active = None if self.active == name else self.active
+            self._remove(key)
+
+    def sync(self, found: list[AdapterInfo]) -> dict[str, str]:
+        """Make the loaded adapters those of `found`: load what is new or changed, unload the rest.
+
+        Returns the problems by name: a broken adapter does not keep the others from working.
+        """
+        problems, wanted = {}, {info.name: info for info in found}
+        for name, info in list(self.adapters.items()):
+            if wanted.get(name) != info:
+                self.unload(name)
+        for name, info in wanted.items():
+            try:
+                if name not in self.adapters:
+                    self.load(info)
+            except WorkbookError as problem:
+                problems[name] = str(problem)
+        return problems
+
+    def adapter_bytes(self, name: str) -> int:
+        """Memory that a loaded adapter's numbers take, in bytes (float32)."""
+        return 4 * self.adapters[name].parameters
+
+    def key(self, name: str | None) -> str:
+        """PEFT's name of a loaded adapter (``__base__``: no adapter), as in `adapter_names`."""
+        if name is not None and name not in self.adapters:
+            raise WorkbookError(f"No adapter {name!r} is loaded: there are "
+                                f"{', '.join(self.adapters) or 'none'}.")
+        return "__base__" if name is None else _key(name)
+
+    def _add(self, key: str, config: LoraConfig, modules: tuple[str, ...], tensors: dict) -> None:
+        """Put an adapter into its own layers.
+
+        PEFT 0.21 walks through the modules of all resident adapters, and compares each with every
+        adapted layer: to load 100 took seven times as long that way.
+        """
+        if isinstance(self.model, PeftModel):
+            base = self.model.get_base_model()
+            self.model.peft_config[key] = config
+            with init_empty_weights():
+                for name in modules:
+                    parent, _, last = name.rpartition(".")
+                    self.model.base_model._create_and_replace(
+                        config, key, base.get_submodule(name), last, base.get_submodule(parent),
+                        current_key=name)
+        else:
+            self.model = PeftModel(self.model, config, key, low_cpu_mem_usage=True).eval()
+            base = self.model.get_base_model()
+        layers = [base.get_submodule(name) for name in modules]
+        for name, layer in zip(modules, layers, strict=True):
+            (layer if layer.training else layer.lora_dropout[key]).eval()  # what is new of it
+            for part in ("lora_A", "lora_B"):  # PEFT computes LoRA in float32, and so does the bank
+                weight = tensors[f"base_model.model.{name}.{part}.weight"].to(self.model.device)
+                matrix = getattr(layer, part)[key].eval()
+                matrix.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+        self._share(list(dict.fromkeys([*self._layers, *layers])))
+
+    def _remove(self, key: str) -> None:
+        """Take an adapter, or what there is of it, out of its layers."""
+        self._share(self._layers)
+        self._pointer.clear()  # PEFT would otherwise choose another adapter as the active one
+        if self.adapters:
+            self.model.delete_adapter(key)
+            self.model.active_adapter = _key(next(iter(self.adapters)))
+            self._share(self._layers)
+            return
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        for name, module in list(base.named_modules()):
+            if isinstance(module, LoraLayer):
+                base.set_submodule(name, module.base_layer)
+        vars(base).pop("peft_config", None)
+        self.model = base  # PEFT's wrapper does not run without an adapter
+        self._share([])
+
+    # --- the swap
+
+    def swap(self, name: str | None) -> float:
+        """Make an adapter (None: the base model alone) the active one. Returns the seconds it took.
+
+        Waits for an answer that is being written. Raises WorkbookError for an unknown adapter.
+        """
+        with self._lock:
+            key = self.key(name)  # under the lock: a refresh in another thread may just unload it
+            start = time.perf_counter()
+            if self._layers and self._layers[0]._active_adapter is not self._pointer:
+                self._share(self._layers)  # PEFT's own set_adapter gave each layer its own list
+            self.active = name
+            self._pointer[:] = () if name is None else (key,)
+            return time.perf_counter() - start
+
+    def _share(self, layers: list[LoraLayer]) -> None:
+        """Let all layers, and no others, see the pointer to the active adapter."""
+        self._layers, self._joined = layers, (None, [])
+        self._pointer[:] = () if self.active is None else (_key(self.active),)
+        for layer in layers:
+            layer._active_adapter = self._pointer
+
+    @contextmanager
+    def using(self, name: str | None):
+        """The model with one adapter active, for a with block: other threads wait, and what was
+        active comes back."""
+        with self._lock:
+            before = self.active
+            self.swap(name)
+            try:
+                yield self.model
+            finally:
+                self.swap(before if before in self.adapters else None)
+
+    @contextmanager
+    def mixed(self, names: list[str | None], copies: int = 1):
+        """The model for a batch whose row i uses adapter ``names[i]``, each row `copies` times.
+
+        A layer computes ``base(x) + ((x @ A.T) * mask) @ B.T`` with the A and B of all adapters
+        side by side, and a mask that leaves each row its own columns: four operations a layer,
+        where PEFT's adapter_names takes eight an adapter. The two differ by rounding alone.
+        """
+        with self._lock:
+            rows = [self.key(name) for name in names for _ in range(copies)]
+            keys = [key for key in dict.fromkeys(rows) if key != "__base__"]
+            if self._joined[0] != keys:
+                self._joined = keys, [_join(layer, keys) for layer in self._layers]
+            head, masks = self.model.get_output_embeddings(), {}
+            try:
+                for layer, (owners, a, b) in zip(self._layers, self._joined[1], strict=True):
+                    if owners not in masks:
+                        mask = [[[float(owner == key) for owner in owners]] for key in rows]
+                        masks[owners] = torch.tensor(mask, device=self.model.device)
+                    layer.forward = _mixed_forward(layer.base_layer, a, b, masks[owners])
+                head.forward = _few_rows(head)
+                yield self.model
+            finally:
+                for layer in (*self._layers, head):
+                    vars(layer).pop("forward", None)
+
+    # --- answers
+
+    def generate(self, prompt: str, adapter: str | None = None, settings: Settings = GREEDY,
+                 on_text=None, stop: threading.Event | None = None) -> Answer:
+        """One answer. on_text: called with the text so far after each token (beams: once).
+
+        `stop` ends it at the next token. The adapter stays active. Raises WorkbookError for
+        settings out of range or a prompt that is empty or too long, and what `on_text` raises.
+        """
+        tell = on_text and (lambda texts: on_text(texts[0]))
+        with self._lock:
+            seconds = self.swap(adapter)
+            return self._write([prompt], [adapter], settings, tell, stop, seconds)[0]
+
+    def generate_mixed(self, prompts: list[str], adapters: list[str | None],
+                       settings: Settings = GREEDY, on_text=None,
+                       stop: threading.Event | None = None) -> list[Answer]:
+        """One batch of answers, each row with its own adapter. on_text: called with all texts."""
+        one = len(set(adapters)) == 1
+        with self.using(adapters[0]) if one else self.mixed(adapters, settings.beams):
+            return self._write(prompts, adapters, settings, on_text, stop)
+
+    def _write(self, prompts, adapters, settings: Settings, on_text, stop, swap_seconds=0.0):
+        settings.check()
+        if not prompts or not all(prompt and is_text(prompt) for prompt in prompts):
+            raise WorkbookError("The prompt is empty or no text (it holds NUL or half a surrogate "
+                                "pair): write one or choose a sample.")
+        width = max(map(len, self.tokenizer(prompts, add_special_tokens=False)["input_ids"]))
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit and width + settings.max_new_tokens > limit:
+            raise WorkbookError(f"The prompt has {width:,} tokens and up to "
+                                f"{settings.max_new_tokens:,} new ones are wanted, together more "
+                                f"than the {limit:,} that this base model reads: shorten one.")
+        stop_text, tell = (settings.stop, on_text) if settings.beams == 1 else ("", None)
+        with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+            torch.manual_seed(settings.seed)
+            answers = write_batch(self.model, self.tokenizer, prompts, stop_text, tell, stop,
+                                  **settings.options())
+        if on_text:
+            on_text([answer.text for answer in answers])
+        return [dataclasses.replace(answer, adapter=name, swap_seconds=swap_seconds)
+                for answer, name in zip(answers, adapters, strict=True)]
+
+
+def _key(name: str) -> str:
+    """A name that PEFT takes, with no dots or slashes, nor like the names of its own tensors."""
+    return f"adapter_{name.encode().hex()}"
+
+
+# --- the layers of a mixed batch
+
+def _join(layer: LoraLayer, keys: list[str]):
+    """A layer's adapters side by side: whose each column is, A [sum of ranks, in], scaled B.T."""
+    here = [key for key in keys if key in layer.lora_A]
+    if not here:
+        return (), None, None
+    a = torch.cat([layer.lora_A[key].weight for key in here])
+    b = torch.cat([layer.lora_B[key].weight.T * layer.scaling[key] for key in here])
+    return tuple(key for key in here for _ in range(layer.r[key])), a, b
+
+
+def _mixed_forward(base_layer, a, b, mask):
+    base = _few_rows(base_layer)
+
+    def forward(x):
+        result = base(x)
+        if a is None:  # none of the batch's adapters has this layer
+            return result
+        return result + ((x.to(a.dtype) @ a.T) * mask @ b).to(result.dtype)
+
+    return forward
+
+
+def _few_rows(layer):
+    """A layer's forward, a faster one for a few rows of float32 on a CPU if it is a linear layer.
+
+    For 2 to 16 rows MKL takes ``(W @ x.T).T`` in half the time of ``x @ W.T`` (measured on AVX2,
+    torch 2.13).
+    """
+    weight, bias = layer.weight, layer.bias
+    known = type(layer) is torch.nn.Linear and weight.dtype == torch.float32
+    if not known or weight.device.type != "cpu":
+        return layer.forward  # of a 4-bit layer, for instance
+
+    def forward(x):
+        rows = x.reshape(-1, x.shape[-1])
+        if not 1 < len(rows) <= 16:
+            return linear(x, weight, bias)
+        result = (weight @ rows.T).T.reshape(*x.shape[:-1], -1)
+        return result if bias is None else result + bias
+
+    return forward
