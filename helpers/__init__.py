@@ -26,6 +26,7 @@ KINDS = {"bool": (bool, "true or false"), "int": (int, "a whole number"),
 
 # On CPUs with AVX512-BF16 bitsandbytes looks for a faster kernel on the model hub when it is
 # imported, and warns that it found none. No code from a hub is run here; its own kernel is there.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainer would call a host
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

@@ -25,6 +25,7 @@ from helpers import (
     write_json,
     write_text,
 )
+from helpers.adapter_files import read_adapter
 from helpers.recipes import check_free
 from helpers.registry import resolve
 from helpers.tasks import get_task
@@ -80,6 +81,7 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
             staging = Path(folder) / "adapter"
             shutil.copytree(run_dir / "trained", staging)
             write_record(staging, record)
+            read_adapter(staging, record["config"]["base_model"])  # as whoever loads it will
             if adapter_dir.is_dir():
                 adapter_dir.rmdir()  # empty, as checked
             os.replace(staging, adapter_dir)
@@ -120,7 +122,10 @@ def model_card(record: dict) -> str:
              "pipeline_tag: text-generation", "tags: [lora]", "---", "",
              f"# {task.title}: a LoRA adapter for {base.name}", "",
              f"Trained by the LoRA Workbook. Prompt: `{template}`",
-             "", *markdown_table(["", ""], _facts(record, base)), "", "## Measured", ""]
+             "", *markdown_table(["", ""], _facts(record, base)), ""]
+    for warning in record.get("warnings", []):
+        lines += [f"**Warning.** {warning}", ""]
+    lines += ["## Measured", ""]
     evaluations = [one for one in (record.get("evaluation"), *record.get("more", [])) if one]
     for evaluation in evaluations:
         lines += [*evaluation_table(evaluation), ""]

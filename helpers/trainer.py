@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
-from helpers import read_json, write_json
+from helpers import WorkbookError, read_json, write_json
 
 COMPLETE = "complete.json"  # in a checkpoint that was written to its end
 
@@ -154,8 +155,8 @@ class CompletionTrainer(SFTTrainer):
 
 
 class Progress(TrainerCallback):
-    """Prints a line every ten seconds, counts the seconds of all attempts, and marks checkpoints
-    that are complete."""
+    """Prints a line every ten seconds, counts the seconds of all attempts, marks checkpoints that
+    are complete, and ends a run that has diverged."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.begin, self.first_step, self.shown = time.perf_counter(), state.global_step, 0.0
@@ -167,6 +168,14 @@ class Progress(TrainerCallback):
         return self.before + time.perf_counter() - self.begin
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        # Looked at where it is logged: a look at every step would wait for the GPU each time. In
+        # float16 a gradient that overflows is ordinary: its step is skipped.
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                raise WorkbookError(f"Training has diverged: at step {state.global_step} the "
+                                    f"{name} is {logs[name]}. Lower learning_rate (now "
+                                    f"{args.learning_rate:g}); if it is so from the first steps "
+                                    "on, the base model's weights may not be finite.")
         now = time.perf_counter()
         if "loss" not in (logs or {}) or not state.is_world_process_zero:
             return

@@ -25,7 +25,7 @@ from helpers import METRICS, WorkbookError, base_models, data, disk_errors, read
 from helpers.fast import attention, packing, recorded
 from helpers.publishing import save_trained
 from helpers.recipes import FineTuneConfig
-from helpers.tasks import get_task
+from helpers.tasks import Task, get_task, register
 from helpers.trainer import CompletionTrainer, last_checkpoint, summed_cross_entropy
 from helpers.workers import group, launch, plan
 
@@ -44,11 +44,8 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     run_dir = Path(run_dir)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     _open_run(config, run_dir, world, resume)
+    check_fits(config, model)
     set_seed(config.seed)
-    limit = getattr(model.config, "max_position_embeddings", None) or config.max_length
-    if config.max_length > limit:
-        raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} "
-                            f"reads at most {limit}: lower max_length.")
     encoded, left_out = data.encode_rows(tokenizer, get_task(config.task), rows.rows,
                                          config.max_length)
     trainer = make_trainer(config, model, tokenizer, encoded, run_dir)
@@ -60,6 +57,8 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result = _record(config, trainer, rows, len(encoded), left_out)
         if is_main():
+            for warning in result["warnings"]:
+                print(f"Warning: {warning}", flush=True)
             with disk_errors(run_dir, "the adapter"):
                 save_trained(trainer.accelerator.unwrap_model(trainer.model), result, run_dir)
     except torch.OutOfMemoryError as error:
@@ -72,6 +71,24 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
             recorded.undo_compile(model)
         trainer.accelerator.unwrap_model(trainer.model).unload().eval()
     return result
+
+
+def check_fits(config: FineTuneConfig, model) -> list[str]:
+    """The names of the linear layers that get an adapter. Raises WorkbookError for a recipe that
+    this base model cannot follow."""
+    limit = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    if config.max_length > limit:
+        raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} "
+                            f"reads at most {limit}: lower max_length.")
+    if config.packing == "documents":
+        packing.check_documents(model, config.base_model)
+    found = base_models.lora_target_modules(model)
+    chosen = [name.strip() for name in (config.target_modules or "").split(",") if name.strip()]
+    for name in chosen:
+        if name not in found:
+            raise WorkbookError(f"target_modules names {name!r}, which {config.base_model} does "
+                                f"not have: it has {', '.join(found)}.")
+    return chosen or found
 
 
 def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, workers_on: str = "",
@@ -112,7 +129,11 @@ def is_main() -> bool:
 
 def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool) -> None:
     """Note the recipe in a new run's folder; refuse another run's folder, or another recipe."""
-    settings = {**dataclasses.asdict(config), "workers": workers}
+    settings = {**dataclasses.asdict(config), "workers": workers,
+                "base_revision": base_models.revision_of(config.base_model),
+                "data_revision": data.revision_of(config.data),
+                "task_definition": dataclasses.asdict(get_task(config.task))}
+    settings = json.loads(json.dumps(settings))  # as it is read back
     known = run_dir / SETTINGS
     if resume and known.is_file():
         before = read_json(known)
@@ -144,17 +165,27 @@ def _say_what_begins(config, rows, used: int, left_out: int, trainer, checkpoint
 
 
 def _record(config, trainer, rows, used: int, left_out: int) -> dict:
-    """What happened, as metrics.json keeps it."""
+    """What happened, as metrics.json keeps it. Raises WorkbookError if nothing was learned."""
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    if not any(p.any() for name, p in trained.items() if "lora_B" in name):
+        raise WorkbookError(f"Nothing was learned: after {trainer.state.global_step} steps every "
+                            "lora_B is still zero, so the adapter changes no answer. Train on more "
+                            "rows, epochs or max_steps, or raise learning_rate.")
     log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    last = [loss for _, loss in log[-max(1, len(log) // 10):]]
+    tenth = max(1, len(log) // 10)
+    first, last = (sum(loss for _, loss in part) / tenth for part in (log[:tenth], log[-tenth:]))
+    warnings = []
+    if len(log) > 1 and last >= first:
+        warnings.append(f"The training loss did not fall ({first:.3f} at first, {last:.3f} at the "
+                        "end): the adapter may have learned nothing of use.")
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {
         "config": dataclasses.asdict(config), "data_source": rows.source,
         "data_licence": rows.licence, "rows": used, "rows_left_out": left_out,
-        "steps": trainer.state.global_step, "final_loss": sum(last) / len(last),
+        "steps": trainer.state.global_step, "final_loss": last, "warnings": warnings,
         "training_seconds": trainer.progress.seconds(), "hardware": base_models.hardware(),
         "workers": trainer.accelerator.num_processes, "dtype": str(base_models.best_dtype()),
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": sum(p.numel() for p in trained.values()),
         "base_revision": base_models.revision_of(config.base_model), "peak_gpu_bytes": peak,
         "loss_log": log,
     }
@@ -172,8 +203,6 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict],
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     packed = config.packing != "none"
-    if config.packing == "documents":
-        packing.check_documents(model, config.base_model)
     dataset = make_dataset(config, encoded)
     collator = data.Collator(tokenizer.pad_token_id)
     if packed:
@@ -213,18 +242,12 @@ def make_dataset(config: FineTuneConfig, encoded: list[dict]) -> Dataset:
 
 
 def _with_lora(config: FineTuneConfig, model):
-    found = base_models.lora_target_modules(model)
-    chosen = [name.strip() for name in (config.target_modules or "").split(",") if name.strip()]
-    for name in chosen:
-        if name not in found:
-            raise WorkbookError(f"target_modules names {name!r}, which {config.base_model} does "
-                                f"not have: it has {', '.join(found)}.")
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     return get_peft_model(model, LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, bias="none",
-        task_type="CAUSAL_LM", target_modules=chosen or found))
+        task_type="CAUSAL_LM", target_modules=check_fits(config, model)))
 
 
 def _arguments(config: FineTuneConfig, rows: int, world: int, run_dir: Path) -> SFTConfig:
@@ -242,7 +265,7 @@ def _arguments(config: FineTuneConfig, rows: int, world: int, run_dir: Path) -> 
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate, lr_scheduler_type=config.schedule,
-        warmup_steps=0 if config.schedule == "constant" else max(1, steps // 20),
+        warmup_steps=0 if config.schedule == "constant" else steps // 20,
         optim="adamw_torch_fused" if fused else config.optimizer,
         max_grad_norm=1.0, seed=config.seed, data_seed=config.seed, use_cpu=not cuda,
         bf16=False,  # compute_loss casts: accelerate's way also turns all logits into float32
@@ -270,10 +293,13 @@ def main(run_dir: str) -> None:
         raise WorkbookError(f"The run folder {run_dir} is not on this host: workers of several "
                             "hosts need the project and its runs on a file system that all of them "
                             "share, under the same path.")
-    settings = json.loads(known.read_text())
-    workers = settings.pop("workers")
-    config = FineTuneConfig(**settings)
-    with group(workers, {"run settings": str(config)}):
+    settings = read_json(known)
+    definition = {name: tuple(value) if isinstance(value, list) else value
+                  for name, value in settings["task_definition"].items()}
+    register(Task(**definition))  # a task of the reader's own is known to the notebook alone
+    fields = [field.name for field in dataclasses.fields(FineTuneConfig)]
+    config = FineTuneConfig(**{name: settings[name] for name in fields})
+    with group(settings["workers"], {"run settings": str(config)}):
         train(config, *load_inputs(config), Path(run_dir), resume=True)
 
 

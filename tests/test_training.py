@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from conftest import make_tiny
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from helpers import WorkbookError, base_models, data, publishing, recipes, tasks, trainer, training
 from helpers.fast import attention, packing, recorded
@@ -438,3 +440,64 @@ def test_rows_longer_than_the_context_end_in_one_sentence(tiny, tmp_path, jobs):
     result = jobs("run", "sql", "-p", f"base_model={tiny}", "-p", f"data={path}", "-p", "eval_rows=1")
     assert result.returncode == 1 and "All 1 rows are longer than max_length=512" in result.stderr + result.stdout
     assert not list((tmp_path / "adapters").glob("*"))
+
+
+def test_a_run_that_diverges_ends_with_its_step_and_publishes_nothing(tiny, tmp_path):
+    """One infinite weight in the base model; a learning rate that no training survives has the same end."""
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    weights = load_file(broken / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WorkbookError, match=r"diverged: at step \d+ the (loss|grad_norm) is (nan|inf).*learning_rate"):
+        train(config(broken, precision="full"), tmp_path / "run")
+    assert not (tmp_path / "run" / "trained").exists()
+
+
+def test_a_run_that_learns_nothing_is_no_success(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as still:
+        still.setattr(trainer, "completion_loss", lambda model, batch, *rest: next(  # a loss that no weight moves
+            p for p in model.parameters() if p.requires_grad).sum() * 0 + 1.0)
+        with pytest.raises(WorkbookError, match="Nothing was learned: after 6 steps every lora_B is still zero"):
+            train(config(tiny, precision="full"), tmp_path / "still")
+    assert not (tmp_path / "still" / "trained").exists()
+    rows = data.load_rows("sql", "practice", "train", 8)
+    chosen = config(tiny, precision="full", max_rows=8, max_steps=None)  # one step: no warm-up may swallow it
+    _, model, tokenizer = training.load_inputs(chosen)
+    one = training.train(chosen, rows, model, tokenizer, tmp_path / "one")
+    assert one["steps"] == 1 and one["warnings"] == []
+
+
+def test_a_loss_that_did_not_fall_is_said_on_the_card(tiny, tmp_path, monkeypatch):
+    real, rising = trainer.completion_loss, itertools.count()
+    monkeypatch.setattr(trainer, "completion_loss", lambda *given: real(*given) + next(rising))
+    record = train(config(tiny, precision="full"), tmp_path / "run")
+    assert record["warnings"] and "did not fall" in record["warnings"][0]
+    published = publishing.publish(tmp_path / "run", tmp_path / "mine", {})
+    assert "**Warning.** The training loss did not fall" in (published / "README.md").read_text()
+
+
+def test_a_recipe_that_the_base_cannot_follow_is_refused_when_the_model_is_loaded(tiny):
+    model, _ = base_models.load(str(tiny))
+    assert "q_proj" in training.check_fits(config(tiny), model)
+    for wrong, said in (({"target_modules": "q_prj"}, "target_modules names 'q_prj'"), ({"max_length": 4096}, "reads at most 512")):
+        with pytest.raises(WorkbookError, match=said):
+            training.check_fits(config(tiny, **wrong), model)
+
+
+def test_a_run_is_resumed_with_the_rows_and_the_base_that_it_began_with(tiny, tmp_path):
+    rows, base = tmp_path / "rows.jsonl", tmp_path / "base"
+    shutil.copytree(tiny, base)
+    text = "".join(json.dumps(row) + "\n" for row in practice_rows("sql", "train", 40))
+    rows.write_text(text)
+    chosen = config(base, data=str(rows), precision="full", max_steps=2)
+    train(chosen, tmp_path / "run")
+    rows.write_text(text.replace("SELECT", "select", 1))
+    with pytest.raises(WorkbookError, match="was made with data_revision="):
+        train(chosen, tmp_path / "run", resume=True)
+    rows.write_text(text)
+    weights = load_file(base / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WorkbookError, match="was made with base_revision="):
+        train(chosen, tmp_path / "run", resume=True)
