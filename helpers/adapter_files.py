@@ -7,13 +7,12 @@ compared with the base model's own layers.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,8 +26,7 @@ from helpers.registry import EMBEDDED, custom_adapters_dir, resolve
 
 PREBUILT = ROOT / "adapters" / "prebuilt"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-MAX_RANK = 1024
-MAX_JSON_BYTES = 1_000_000
+MAX_RANK, MAX_JSON_BYTES = 1024, 1_000_000
 MAX_HEADER_BYTES = 10_000_000  # an adapter of 210 layers has a header of 55 kB
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -62,9 +60,9 @@ class AdapterInfo:
     """A checked adapter. `name` is unique among what `discover` finds; `title` is for people.
 
     rank and alpha: a layer's update is ``scaling * B @ A``, A of shape [rank, in], B [out, rank].
-    modules: full names of the adapted linear layers; target_modules: their last parts, each once.
-    parameters: trained numbers; bytes and sha256: of the weights file; metrics: the content of
-    metrics.json, or None; verified: the metrics hold the weights' SHA-256 (it then matched).
+    modules: full names of the adapted linear layers; parameters: trained numbers; bytes and sha256:
+    of the weights file; metrics: the content of metrics.json, or None; verified: the metrics hold
+    the weights' SHA-256 (it then matched).
     """
 
     name: str
@@ -73,7 +71,6 @@ class AdapterInfo:
     rank: int
     alpha: float
     use_rslora: bool
-    target_modules: tuple[str, ...]
     modules: tuple[str, ...] = field(repr=False)
     parameters: int
     bytes: int
@@ -83,9 +80,13 @@ class AdapterInfo:
 
     @property
     def scaling(self) -> float:
-        """alpha / rank (LoRA, arXiv:2106.09685, section 4.1), or alpha / sqrt(rank) (rsLoRA,
-        arXiv:2312.03732)."""
+        """alpha / rank (LoRA, arXiv:2106.09685, 4.1) or alpha / sqrt(rank) (arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The last parts of `modules`, each once."""
+        return tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in self.modules))
 
     @property
     def task(self) -> str | None:
@@ -143,7 +144,7 @@ def discover(base_name: str = EMBEDDED, prebuilt: Path | None = None,
             try:
                 if _holds_adapter(folder, root):
                     info = read_adapter(folder, base_name)
-                    found.append(dataclasses.replace(info, name=name, title=label + folder.name))
+                    found.append(replace(info, name=name, title=label + folder.name))
             except WorkbookError as problem:
                 problems[name] = str(problem)
             except OSError as error:
@@ -206,8 +207,8 @@ def _read(folder: Path, base_name: str) -> tuple[AdapterInfo, dict]:
           "(its SHA-256 differs): copy the whole folder again")
     return AdapterInfo(
         name=name, title=name, folder=folder.resolve(), rank=rank, alpha=config["lora_alpha"],
-        use_rslora=config.get("use_rslora") is True, target_modules=_last_parts(modules),
-        modules=tuple(modules), parameters=sum(tensor.numel() for tensor in tensors.values()),
+        use_rslora=config.get("use_rslora") is True, modules=tuple(modules),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=len(content), sha256=digest, verified=noted is not None, metrics=metrics), tensors
 
 
@@ -261,14 +262,11 @@ def _target_modules(named, base_name: str) -> dict[str, tuple[int, int]]:
     chosen = set()
     for name in named:
         found = [layer for layer in layers if f".{layer}".endswith(f".{name}")]
-        _need(found, f"targets the module {name!r:.80}, which {base_name} lacks: its linear "
-              f"layers are {', '.join(_last_parts(layers))}")
+        known = ", ".join(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in layers))
+        _need(found, f"targets the module {name!r:.80}, which {base_name} lacks: its linear layers "
+              f"are {known}")
         chosen.update(found)
     return {layer: shape for layer, shape in layers.items() if layer in chosen}
-
-
-def _last_parts(layers) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in layers))
 
 
 def _read_weights(folder: Path, rank: int, modules: dict) -> tuple[bytes, dict]:

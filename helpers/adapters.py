@@ -6,6 +6,6 @@ from helpers.bank import AdapterBank
 from helpers.generation import Answer, Settings
 from helpers.registry import EMBEDDED
 
-__all__ = ["CONFIG", "EMBEDDED", "MAX_RANK", "METRICS", "PREBUILT", "WEIGHTS", "AdapterBank", "AdapterInfo",
-           "Answer", "Discovered", "Settings", "discover", "layer_shapes", "read_adapter",
-           "read_tensors"]
+__all__ = ["CONFIG", "EMBEDDED", "MAX_RANK", "METRICS", "PREBUILT", "WEIGHTS", "AdapterBank",
+           "AdapterInfo", "Answer", "Discovered", "Settings", "discover", "layer_shapes",
+           "read_adapter", "read_tensors"]

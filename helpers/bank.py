@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import init_empty_weights
@@ -64,8 +64,7 @@ class AdapterBank:
             except BaseException:  # half an adapter would act, for the base model as well
                 self._remove(_key(info.name))
                 raise
-            names = {"name": info.name, "title": info.title}
-            self.adapters[info.name] = dataclasses.replace(checked, **names)
+            self.adapters[info.name] = replace(checked, name=info.name, title=info.title)
         return time.perf_counter() - start
 
     def unload(self, name: str) -> None:
@@ -107,8 +106,8 @@ class AdapterBank:
     def _add(self, key: str, config: LoraConfig, modules: tuple[str, ...], tensors: dict) -> None:
         """Put an adapter into its own layers.
 
-        PEFT 0.21 walks through the modules of all resident adapters, and compares each with every
-        adapted layer: to load 100 took seven times as long that way.
+        PEFT 0.21 compares every module of all resident adapters with every adapted layer: to load
+        100 took seven times as long that way.
         """
         if isinstance(self.model, PeftModel):
             base = self.model.get_base_model()
@@ -173,8 +172,7 @@ class AdapterBank:
 
     @contextmanager
     def using(self, name: str | None):
-        """The model with one adapter active, for a with block: other threads wait, and what was
-        active comes back."""
+        """The model with one adapter active, for a with block. Other threads wait meanwhile."""
         with self._lock:
             before = self.active
             self.swap(name)
@@ -249,7 +247,7 @@ class AdapterBank:
                                   **settings.options())
         if on_text:
             on_text([answer.text for answer in answers])
-        return [dataclasses.replace(answer, adapter=name, swap_seconds=swap_seconds)
+        return [replace(answer, adapter=name, swap_seconds=swap_seconds)
                 for answer, name in zip(answers, adapters, strict=True)]
 
 
@@ -283,10 +281,9 @@ def _mixed_forward(base_layer, a, b, mask):
 
 
 def _few_rows(layer):
-    """A layer's forward, a faster one for a few rows of float32 on a CPU if it is a linear layer.
+    """A layer's forward; if it is linear, in float32 and on a CPU, one that is faster for few rows.
 
-    For 2 to 16 rows MKL takes ``(W @ x.T).T`` in half the time of ``x @ W.T`` (measured on AVX2,
-    torch 2.13).
+    For 2 to 16, MKL takes ``(W @ x.T).T`` in half the time of ``x @ W.T`` (AVX2, torch 2.13).
     """
     weight, bias = layer.weight, layer.bias
     known = type(layer) is torch.nn.Linear and weight.dtype == torch.float32

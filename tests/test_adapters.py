@@ -248,6 +248,23 @@ def test_discovery_labels_custom_adapters_and_reports_broken_ones(made, tiny, tm
     assert re.search("rank 5", found.problems["custom/broken"]) and "another place" in found.problems["custom/away"]
 
 
+def test_a_folder_that_cannot_be_read_hides_no_other(made, tiny, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "good")
+    shutil.copytree(made, tmp_path / "locked")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    listed = Path.iterdir
+
+    def iterdir(self):  # tests may run as a user whom no permission stops
+        if self.name == "locked":
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    found = adapters.discover(str(tiny), tmp_path, tmp_path / "none")
+    assert [info.name for info in found.adapters] == ["good"] and sorted(found.problems) == ["circle", "locked"]
+    assert "cannot be read" in found.problems["locked"] and "no adapter folder" in found.problems["circle"]
+
+
 def test_discovery_of_nothing_is_empty(tiny, tmp_path):
     found = adapters.discover(str(tiny), tmp_path / "no", tmp_path / "none")
     assert found.adapters == [] and found.problems == {}
@@ -424,6 +441,48 @@ def test_a_second_adapter_with_layers_of_its_own_acts_alone_and_a_failed_one_not
     assert not any(p.requires_grad for p in bank.model.parameters()) and not any(m.training for m in bank.model.modules())
 
 
+def test_an_interrupt_in_the_first_load_leaves_the_base_model(tiny, shelf, monkeypatch, expected):
+    from peft.tuners.lora import LoraModel
+
+    create, calls = LoraModel._create_and_replace, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return create(*arguments, **options)
+
+    bank, info = adapters.AdapterBank(str(tiny)), infos(tiny, shelf)[0]
+    before = [name for name, _ in bank.model.named_modules()]
+    with monkeypatch.context() as broken:
+        broken.setattr(LoraModel, "_create_and_replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bank.load(info)
+    assert [name for name, _ in bank.model.named_modules()] == before and not bank.adapters
+    assert logits(bank.model, bank).equal(expected[None]) and bank.generate(PROMPT, None, SHORT).tokens > 0
+    bank.load(info)
+    bank.swap(info.name)
+    assert logits(bank.model, bank).equal(expected[info.name])
+
+
+def test_mixed_batches_of_many_combinations_keep_one(bank):
+    import gc
+
+    import torch
+
+    def count():
+        gc.collect()
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    combinations = [["sql", None], ["sql", "instruct"], ["detox-1.5", "instruct"], ["detox-1.5", None], ["sql", "detox-1.5"]]
+    counts = []
+    for names in combinations:
+        with bank.mixed(names):
+            pass
+        counts.append(count())
+    assert max(counts) - min(counts) < 10, counts
+
+
 def test_unloading_frees_the_adapters_memory(bank):
     def count():
         return sum(p.numel() for p in bank.model.parameters())
@@ -466,6 +525,11 @@ def test_sync_follows_the_folders(tiny, shelf, tmp_path, expected):
     assert logits(bank.model, bank).equal(expected["sql"])
     bank.swap("sql")
     assert not logits(bank.model, bank).equal(expected["sql"])
+    make_adapter(tiny, root / "sql", 10, rank=2)  # trained again: the same shapes, other numbers
+    before = logits(bank.model, bank)
+    look()
+    bank.swap("sql")
+    assert not logits(bank.model, bank).equal(before)
 
 
 def test_an_adapter_that_breaks_between_looking_and_loading_leaves_the_bank_whole(bank, tiny, made, tmp_path, expected):
@@ -620,6 +684,42 @@ def test_beams_show_their_end_and_stop_text_cuts(bank):
     mark = free.text.strip()[3]
     cut = bank.generate(PROMPT, "instruct", adapters.Settings(max_new_tokens=30, stop=mark))
     assert mark in cut.text and cut.tokens < free.tokens and free.text.startswith(cut.text)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 9])
+def test_a_stop_text_of_any_number_of_tokens_ends_the_row_that_wrote_it(bank, length):
+    """The shortest beginning of the free answer that holds the stop text after something that is not blank."""
+    from helpers.generation import write_batch
+
+    bank.swap("instruct")
+    model, tokenizer, prompts = bank.model, bank.tokenizer, [PROMPT, "a longer prompt than the other: "]
+    free = [answer.text for answer in write_batch(model, tokenizer, prompts, max_new_tokens=24, do_sample=False)]
+    ids = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+    rows = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=2)[:, ids["input_ids"].shape[1]:].tolist()
+    mark = free[0].lstrip()[6:6 + length]
+    assert len(mark) == length and free[0] != free[1]
+    cut = write_batch(model, tokenizer, prompts, mark, max_new_tokens=24, do_sample=False)
+    for answer, row, whole in zip(cut, rows, free, strict=True):
+        wanted = whole
+        for count in range(1, len(row) + 1):
+            text = tokenizer.decode(row[:count], skip_special_tokens=True)
+            if mark in text.lstrip():
+                wanted = text
+                break
+        assert answer.text == wanted
+
+
+def test_generation_leaves_no_trace(bank):
+    from helpers.generation import generate
+
+    side, before = bank.tokenizer.padding_side, bank.generate(PROMPT, None, SHORT).text
+    bank.model.train()
+    assert generate(bank.model, bank.tokenizer, [PROMPT], 8) == [before]
+    assert bank.model.training and bank.tokenizer.padding_side == side
+    bank.model.eval()
+    with pytest.raises(ZeroDivisionError):
+        generate(bank.model, bank.tokenizer, [PROMPT], 8, progress=lambda done: 1 / 0)
+    assert not bank.model.training
 
 
 @pytest.mark.parametrize(("changes", "said"), [
