@@ -27,7 +27,7 @@ from helpers import KINDS, ROOT, WorkbookError, closest, is_text, read_json
 from helpers.runs import find_unfinished, list_runs, seconds_since
 
 COMMANDS = {"list": 1, "run": 3, "status": 2}  # and how many words each takes at most
-SET_BY_JOB = ("run_dir", "resume")
+SET_BY_JOB = ("run_dir", "resume")  # parameters that every notebook is given
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
 LINE = re.compile(  # name: type = value  # help
@@ -35,13 +35,12 @@ LINE = re.compile(  # name: type = value  # help
 
 
 class Parameter(NamedTuple):
-    """A line of a notebook's parameters cell. Where `optional`, a value can be None as well: the
-    notebook then chooses (such as: as the preset says)."""
+    """A line of a notebook's parameters cell. Where the default is None, -p name=none gives it back:
+    the notebook then chooses (such as: as the preset says)."""
 
     name: str
     default: object
     kind: type
-    optional: bool
     help: str
 
 
@@ -106,13 +105,6 @@ def load_jobs(folder: Path | None = None) -> dict[str, Job]:
         raise WorkbookError(f"The list of jobs {path} cannot be read: {why}.") from error
 
 
-def find_job(name: str, notebooks_dir: Path | None = None) -> Job:
-    jobs = load_jobs(notebooks_dir)
-    if name not in jobs:
-        raise WorkbookError(f"There is no job {name!r}; {closest(name, [*jobs, *COMMANDS])}")
-    return jobs[name]
-
-
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
     """The parameters cell of a notebook, by name; each is one line. papermill's own reader takes
     seconds to import and loses a line whose comment holds an equals sign. Raises WorkbookError."""
@@ -126,8 +118,7 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
                 name, hint, value, text = match.groups(default="")
                 default = ast.literal_eval(value)
                 named = re.search(rf"\b({'|'.join(KINDS)})\b", hint or type(default).__name__)
-                kind, optional = KINDS[named[1]][0] if named else str, default is None
-                found[name] = Parameter(name, default, kind, optional or "None" in hint, text)
+                found[name] = Parameter(name, default, KINDS[named[1]][0] if named else str, text)
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
         raise WorkbookError(f"The notebook {notebook} of a job cannot be read: {error}.") from error
     return found
@@ -135,8 +126,8 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
 
 def convert(parameter: Parameter, text: str) -> object:
     """The text of a -p in the parameter's type. Raises WorkbookError with what is expected."""
-    kind = parameter.kind
-    if parameter.optional and text.lower() in ("none", "null"):
+    kind, optional = parameter.kind, parameter.default is None
+    if optional and text.lower() in ("none", "null"):
         return None
     with contextlib.suppress(ValueError, RecursionError):  # what does not convert is refused below
         if kind is bool:
@@ -146,7 +137,7 @@ def convert(parameter: Parameter, text: str) -> object:
         infinite = value in (float("inf"), -float("inf")) or value != value
         if type(value) is kind and is_text(text) and not infinite:
             return value
-    expected = KINDS[kind.__name__][1] + (" or none" if parameter.optional else "")
+    expected = KINDS[kind.__name__][1] + (" or none" if optional else "")
     example = f", such as {json.dumps(parameter.default)}" if parameter.default else ""
     raise WorkbookError(f"{parameter.name} is {text!r}: it must be {expected}{example}.")
 
@@ -169,14 +160,19 @@ def check_parameters(job: Job, given: dict[str, str]) -> dict:
     return checked
 
 
-def plan_job(name, given=None, resume=False, runs_dir=None, notebooks_dir=None) -> Plan:
+def plan_job(name, given=None, path=None, resume=False, runs_dir=None, notebooks_dir=None) -> Plan:
     """A checked run of the job `name`; creates nothing. Raises WorkbookError for what is wrong.
 
-    given: the text of parameters by name, as -p takes it. resume: True (the newest unfinished run)
-    or a job id.
+    given: the text of parameters by name, as -p takes it; path: that of the job's `positional`;
+    resume: True (the newest unfinished run) or a job id.
     """
-    job, runs_dir = find_job(name, notebooks_dir), Path(runs_dir or ROOT / "runs").resolve()
-    values = check_parameters(job, given or {})
+    jobs, runs_dir = load_jobs(notebooks_dir), Path(runs_dir or ROOT / "runs").resolve()
+    if name not in jobs:
+        raise WorkbookError(f"There is no job {name!r}; {closest(name, [*jobs, *COMMANDS])}")
+    job, given = jobs[name], given or {}
+    if path is not None:
+        given = given | {job.positional or path: path}  # a job without one has no such parameter
+    values = check_parameters(job, given)
     if resume:
         status = find_unfinished(name, resume, runs_dir)
         before, job_id = status["parameters"], status["id"]
@@ -214,9 +210,7 @@ def run(args: argparse.Namespace, name: str, path: str | None = None) -> int:
             raise WorkbookError(f"-p takes name=value, such as -p rank=8, not {key!r}.")
     if args.workers is not None:
         given["workers"] = args.workers
-    if path is not None:
-        given[find_job(name, args.notebooks_dir).positional or path] = path
-    plan = plan_job(name, given, args.resume, args.runs_dir, args.notebooks_dir)
+    plan = plan_job(name, given, path, args.resume, args.runs_dir, args.notebooks_dir)
     if args.dry_run:
         folder = plan.run_dir if plan.status else plan.run_dir.with_name(f"{name}-<time>-xxxx")
         print(f"notebook: {plan.job.notebook}\nfolder: {folder}\nparameters:")

@@ -170,7 +170,7 @@ def test_what_is_loaded_can_be_tokenized(tmp_path, tokenizer, question, answer):
 @given(kind=st.sampled_from([int, float, bool, str, list, dict]), optional=st.booleans(),
        value=JSON.map(json.dumps) | st.text() | st.sampled_from(HOSTILE))
 def test_a_parameter_is_of_its_type_or_refused(kind, optional, value):
-    parameter = jobs.Parameter("rank", kind(), kind, optional, "")
+    parameter = jobs.Parameter("rank", None if optional else kind(), kind, "")
     try:
         converted = jobs.convert(parameter, value)
     except WorkbookError as error:

@@ -41,7 +41,7 @@ FAILURES = {  # cells after the parameters, and the sentence
                  r"The file is empty: fill it\."),
     "exception": (["1 / 0", METRICS], r"ZeroDivisionError: division by zero \(in code cell 3\)"),
     "exits": ([METRICS, "raise SystemExit(0)", "print('never')"],
-              r"Code cell 4 of 5 ended the notebook with SystemExit\(0\): the cells after it never ran\."),
+              r"Code cell 5 of 5 never ran: the cell before it ended the notebook, as exit\(\) does\."),
     "killed": ([METRICS, "import os\nos.kill(os.getpid(), 9)"],
                r"The kernel was killed in code cell 4: memory has usually run out; lower rank \(now 16\)\."),
     "quits": (["import os\nos._exit(3)", METRICS], r"The kernel ended with exit code 3 in code cell 3, .*"),
@@ -134,7 +134,7 @@ def execute(plan) -> dict:
 
 
 def run_job(name, given=None, resume=False, **options) -> dict:
-    return execute(jobs.plan_job(name, given, resume, **options))
+    return execute(jobs.plan_job(name, given, resume=resume, **options))
 
 
 @pytest.fixture(autouse=True)
@@ -172,10 +172,9 @@ def wait_until_gone(pids, seconds=10) -> None:
 
 def test_parameters_are_read_with_their_types_and_help(books):
     found = jobs.read_parameters(books / "good.ipynb")
-    assert [(p.name, p.default, p.kind, p.optional) for p in found.values()] == [
-        ("rank", 16, int, False), ("rate", 2e-4, float, False), ("packed", False, bool, False),
-        ("data", "practice", str, False), ("limit", None, int, True), ("run_dir", "", str, False),
-        ("resume", False, bool, False)]
+    assert [(p.name, p.default, p.kind) for p in found.values()] == [
+        ("rank", 16, int), ("rate", 2e-4, float), ("packed", False, bool), ("data", "practice", str), ("limit", None, int),
+        ("run_dir", "", str), ("resume", False, bool)]
     assert found["rank"].help == "width of the update, W = W0 + BA"  # the sign at which papermill's reader stops
 
 
@@ -189,7 +188,7 @@ def test_values_take_the_type_of_the_default(books, name, given, value):
 
 
 BAD = [
-    (["good", "-p", "rnak=8"], "The job good has no parameter 'rnak'; did you mean rank (there are: rank, rate, packed, data, limit)?"),
+    (["good", "-p", "rnak=8"], "The job good has no parameter 'rnak'; did you mean rank (there are: {given})?"),
     (["good", "-p", "rank=abc"], "rank is 'abc': it must be a whole number, such as 16."),
     (["good", "-p", "rank=2.5"], "rank is '2.5': it must be a whole number, such as 16."),
     (["good", "-p", "rank=none"], "rank is 'none': it must be a whole number, such as 16."),
@@ -198,20 +197,20 @@ BAD = [
     (["good", "-p", "packed=2"], "packed is '2': it must be true or false."),
     (["good", "-p", "rank"], "-p takes name=value, such as -p rank=8, not 'rank'."),
     (["good", "-p", "limit=many"], "limit is 'many': it must be a whole number or none."),
-    (["good", "-p", "run_dir=/tmp"], "The job good has no parameter 'run_dir'; there are: rank, rate, packed, data, limit."),
-    (["good", "-p", "resume=1"], "The job good has no parameter 'resume'; there are: rank, rate, packed, data, limit."),
+    (["good", "-p", "run_dir=/tmp"], "The job good has no parameter 'run_dir'; there are: {given}."),
+    (["good", "-p", "resume=1"], "The job good has no parameter 'resume'; there are: {given}."),
     (["recipe", "-p", "rank=8.5"], "rank is '8.5': it must be a whole number or none."),
     (["fixed", "-p", "rank=8"], "rank is always 4 in the job fixed: choose another job."),
     (["fixed", "-p", "rate=2"], "rate is 2.0: it must be at most 1 beside "
                                 "['data', 'limit', 'packed', 'rank', 'rate', 'resume', 'run_dir']."),
     (["godo"], "There is no job 'godo'; did you mean good (there are: {jobs}, list, run, status)?"),
     (["staus"], "There is no job 'staus'; did you mean status (there are: {jobs}, list, run, status)?"),
-    (["good", "--workers", "2"], "The job good has no parameter 'workers'; there are: rank, rate, packed, data, limit."),
+    (["good", "--workers", "2"], "The job good has no parameter 'workers'; there are: {given}."),
     (["many", "--workers", "0"], "workers is 0: --workers or NUM_GPU_WORKERS must be a whole number of at least 1."),
     (["many", "--workers", "two"], "workers is 'two': it must be a whole number, such as 1."),
     (["good", "--resume"], "There is no unfinished run of good in {runs}: start one without --resume."),
     (["good", "--resume", "good-1"], "There is no run 'good-1' of good in {runs}; there are: none."),
-    (["good", "/"], "The job good has no parameter '/'; there are: rank, rate, packed, data, limit."),
+    (["good", "/"], "The job good has no parameter '/'; there are: {given}."),
     (["adapter"], "The job adapter needs its adapter: python -m helpers.jobs adapter <path>."),
     (["status", "good-1"], "There is no run 'good-1'; there are: none."),
 ]
@@ -220,8 +219,9 @@ BAD = [
 @pytest.mark.parametrize(("words", "sentence"), BAD)
 def test_bad_input_is_one_sentence_and_nothing_is_created(options, command, capsys, words, sentence):
     assert jobs.main([*words, *command]) == 2
-    known = ", ".join(jobs.load_jobs(options["notebooks_dir"]))
-    assert capsys.readouterr() == ("", sentence.format(runs=options["runs_dir"], jobs=known) + "\n")
+    known = jobs.load_jobs(options["notebooks_dir"])
+    names = {"jobs": ", ".join(known), "given": ", ".join(known["good"].declared), "runs": options["runs_dir"]}
+    assert capsys.readouterr() == ("", sentence.format(**names) + "\n")
     assert not options["runs_dir"].exists()
 
 
@@ -266,9 +266,9 @@ def test_broken_files_are_named(tmp_path, capsys):
 
 
 def test_none_is_as_the_preset_says(books, options, command, capsys):
-    assert [(p.name, p.default, p.kind, p.optional) for p in jobs.read_parameters(books / "recipe.ipynb").values()] == [
-        ("rank", None, int, True), ("rate", None, float, True), ("name", None, str, True), ("on", None, bool, True),
-        ("workers_on", "a # b", str, False), ("run_dir", None, str, True)]
+    assert [(p.name, p.default, p.kind) for p in jobs.read_parameters(books / "recipe.ipynb").values()] == [
+        ("rank", None, int), ("rate", None, float), ("name", None, str), ("on", None, bool), ("workers_on", "a # b", str),
+        ("run_dir", None, str)]
     plan = jobs.plan_job("recipe", {"rank": "8", "rate": "none", "name": "a=b", "on": "yes"}, **options)
     assert plan.parameters == {"rank": 8, "rate": None, "name": "a=b", "on": True, "workers_on": "a # b"}
     assert plan.effective.items() >= {"rank": 8, "rate": 16}.items()
