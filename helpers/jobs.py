@@ -35,8 +35,8 @@ LINE = re.compile(  # name: type = value  # help
 
 
 class Parameter(NamedTuple):
-    """A line of a notebook's parameters cell. Where the default is None, -p name=none gives it back:
-    the notebook then chooses (such as: as the preset says)."""
+    """A line of a notebook's parameters cell. Where the default is None, so can a value be: the
+    notebook then chooses (such as: as the preset says)."""
 
     name: str
     default: object
