@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import jobs
+from helpers import attempts, jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"toxic": f"this silly text number {i} is bad", "neutral": f"text number {i} is not good", "split": split}
@@ -90,5 +90,5 @@ def test_two_jobs_at_once_use_their_own_parameters_ports_and_folders(tiny, tmp_p
         assert json.loads((tmp_path / "mine" / "adapter_config.json").read_text())["r"] == 3
         [published] = Path(short).glob("adapters/*")
         assert json.loads((published / "adapter_config.json").read_text())["r"] == 5
-        left = [path.name for path in Path(short, "tmp").iterdir() if path.name.startswith(jobs.SCRATCH)]
+        left = [path.name for path in Path(short, "tmp").iterdir() if path.name.startswith(attempts.SCRATCH)]
         assert left == [], "a run removes its sockets"
