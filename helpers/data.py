@@ -26,7 +26,7 @@ VALIDATION_SHARE = 20  # one group in 20 is validation when the source names no 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one split, each a dict with the task's columns and target.
+    """Rows of one split: dicts with the task's columns, its target and a file's other fields.
 
     total: rows of the split before `n` and `fraction`. source, licence: what a card says of them.
     """
@@ -146,27 +146,24 @@ def _hub_rows(task: Task, source: str) -> tuple[list[dict], str, str]:
     rows = []
     for number, row in enumerate(dataset, start=1):
         row |= {ours: row[theirs] for ours, theirs in task.hub_columns.items() if theirs in row}
-        rows.append(_checked(task, row, f"{described}, row {number}"))
+        checked = _checked(task, row, f"{described}, row {number}")
+        rows.append({name: checked[name] for name in (*task.columns, task.target, "split")})
     own = name == task.hub_dataset
     return rows, described, task.hub_licence if own else "see the dataset's own card"
 
 
 def _checked(task: Task, row: object, where: str) -> dict:
-    """The fields of a row that the task needs, and ``split`` (None: by its group)."""
+    """The row, with "" for an optional column and None for a ``split`` that it does not have."""
     if not isinstance(row, dict):
         raise WorkbookError(f"{where} is a JSON {type(row).__name__}: every line must be one JSON "
                             "object.")
-    checked = {"split": row.get("split")}
-    if checked["split"] not in (None, *SPLITS):
-        raise WorkbookError(f"{where}: split is {row['split']!r}: it must be 'train' or "
-                            "'validation'.")
     for name in (*task.columns, task.target):
-        value, wrong = row.get(name), ""
         if name in task.optional:
-            value = value or ""
-        elif name not in row:
+            row[name] = row.get(name) or ""
+        if name not in row:
             raise WorkbookError(f"{where} has no field {name!r}, which task {task.name!r} needs: "
                                 f"it has {', '.join(map(repr, sorted(row)[:8])) or 'none'}.")
+        value, wrong = row[name], ""
         if not isinstance(value, str):
             wrong = f"is a {type(value).__name__}: it must be text"
         elif not is_text(value):  # JSON can spell both
@@ -175,8 +172,11 @@ def _checked(task: Task, row: object, where: str) -> dict:
             wrong = "is empty: fill it in or remove the row"
         if wrong:
             raise WorkbookError(f"{where}: the field {name!r} {wrong}.")
-        checked[name] = value
-    return checked
+    row["split"] = row.get("split")
+    if row["split"] not in (None, *SPLITS):
+        raise WorkbookError(f"{where}: split is {row['split']!r}: it must be 'train' or "
+                            "'validation'.")
+    return row
 
 
 def _in_split(task: Task, rows: list[dict], split: str) -> list[dict[str, str]]:

@@ -109,6 +109,12 @@ def test_fraction_and_count_choose_by_seed(tmp_path):
         data.load_rows("sql", path, fraction=0)
 
 
+def test_a_files_other_fields_stay(tmp_path):
+    """Notebook 05 judges rows by their `source`."""
+    path = write(tmp_path / "r.jsonl", {**ROW, "source": "mine", "level": 3, "split": "train"}, ROW)
+    assert data.load_rows("sql", path).rows == [{**ROW, "source": "mine", "level": 3}, ROW]
+
+
 def test_practice_rows_are_chosen_like_any_other_files():
     """Only that seed 0 takes the first rows: they are in random order already."""
     every = data.load_rows("sql", "practice", "validation")

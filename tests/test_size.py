@@ -48,7 +48,7 @@ def test_imports_inside_functions_are_counted_over_all_files(helpers, capsys):
                                          "def f():\n    def g():\n        import c\n")
     assert size.main(["--check"], helpers) == 1
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("11 imports stand inside functions: at most 10 (") and "helpers/good.py line 50, 52, " in line
+    assert line.startswith("11 imports stand inside functions: at most 10 (") and "helpers/good.py line 51, 53, " in line
     assert line.endswith("; helpers/one_more.py line 8).")
 
 
