@@ -174,10 +174,8 @@ def markdown_table(header: list, rows: list[list], numbers_from: int | None = No
     """Lines of a Markdown table; columns from `numbers_from` on are aligned to the right."""
     right = len(header) if numbers_from is None else numbers_from
     rule = ["---" if column < right else "---:" for column in range(len(header))]
-    lines = []
-    for cells in (header, rule, *rows):
-        lines.append("|" + "|".join(f" {cell} " if cell != "" else " " for cell in cells) + "|")
-    return lines
+    first = "|".join(f" {cell} " if cell else " " for cell in header)
+    return [f"|{first}|", *(f"| {' | '.join(map(str, cells))} |" for cells in (rule, *rows))]
 
 
 def evaluation_table(evaluation: dict) -> list[str]:

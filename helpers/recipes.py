@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import KINDS, WorkbookError, check_numbers, closest
-from helpers.data import has_practice_rows
+from helpers.data import source_file
 from helpers.registry import EMBEDDED, resolve
 from helpers.tasks import get_task
 from helpers.workers import read_place
@@ -117,13 +116,7 @@ class FineTuneConfig:
             if getattr(self, name) not in allowed:
                 raise WorkbookError(f"{name} is {getattr(self, name)!r}: use "
                                     f"{' or '.join(allowed)}.")
-        if self.data == "practice":
-            if not has_practice_rows(self.task):
-                raise WorkbookError(f"task {self.task!r} has no practice data: give a .jsonl file "
-                                    "with data=….")
-        elif not self.data.startswith("hub") and not os.path.isfile(os.path.expanduser(self.data)):
-            raise WorkbookError(f"data is {self.data!r}, which is not an existing file: give a "
-                                ".jsonl or .jsonl.gz file, 'practice' or 'hub'.")
+        source_file(self.task, self.data)
 
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):

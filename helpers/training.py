@@ -21,7 +21,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from trl import SFTConfig
 
-from helpers import METRICS, WorkbookError, base_models, data, disk_errors, read_json, write_json
+from helpers import (
+    METRICS,
+    WorkbookError,
+    base_models,
+    data,
+    disk_errors,
+    read_json,
+    sha256,
+    write_json,
+)
 from helpers.fast import attention, packing, recorded
 from helpers.publishing import save_trained
 from helpers.recipes import FineTuneConfig
@@ -129,9 +138,10 @@ def is_main() -> bool:
 
 def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool) -> None:
     """Note the recipe in a new run's folder; refuse another run's folder, or another recipe."""
+    rows_file = data.source_file(config.task, config.data)
     settings = {**dataclasses.asdict(config), "workers": workers,
                 "base_revision": base_models.revision_of(config.base_model),
-                "data_revision": data.revision_of(config.data),
+                "data_revision": sha256(rows_file) if rows_file else None,
                 "task_definition": dataclasses.asdict(get_task(config.task))}
     settings = json.loads(json.dumps(settings))  # as it is read back
     known = run_dir / SETTINGS

@@ -20,7 +20,13 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (getattr(
 def make_tiny(folder: Path, architecture: str = "llama", **changes) -> Path:
     """A random model of that architecture with the embedded base model's tokenizer: real code paths, little arithmetic."""
     import torch
-    from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig, MptConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        BloomConfig,
+        LlamaConfig,
+        MistralConfig,
+        MptConfig,
+    )
 
     from helpers import base_models
 

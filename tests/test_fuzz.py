@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from sqlglot.errors import SqlglotError
 
-from helpers import WorkbookError, base_models, data, evaluation, fine_tuning, jobs, tasks
+from helpers import WorkbookError, base_models, data, evaluation, jobs, recipes, tasks
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", max_examples=60, derandomize=True, **QUIET)  # the same examples on every commit
@@ -201,11 +201,11 @@ def test_a_command_line_is_planned_or_refused_in_a_sentence(pairs, tmp_path, cap
     assert code == 0 or "usage:" in err or len(err.strip("\n").split("\n")) == 1, err
 
 
-@given(given=st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(fine_tuning.FineTuneConfig)]),
+@given(given=st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(recipes.FineTuneConfig)]),
                              JSON | st.sampled_from(HOSTILE), max_size=4))
 def test_a_config_is_checked_or_refused(given):
     try:
-        config = fine_tuning.FineTuneConfig.from_parameters(**{"task": "sql", **given})
+        config = recipes.FineTuneConfig.from_parameters(**{"task": "sql", **given})
     except WorkbookError as error:
         a_sentence(error)
         return

@@ -128,7 +128,9 @@ def command(options) -> list[str]:
 
 
 def execute(plan) -> dict:
-    from helpers import attempts  # heavy: the checks in this file are called by dry runs, which must be light
+    from helpers import (
+        attempts,  # heavy: the checks in this file are called by dry runs, which must be light
+    )
 
     return attempts.execute(plan)
 

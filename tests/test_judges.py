@@ -5,9 +5,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from make_practice import practice_rows
 
-from helpers import WorkbookError, base_models, cards, evaluation, fine_tuning, judges, tasks
-from helpers.practice import practice_rows
+from helpers import (
+    WorkbookError,
+    base_models,
+    evaluation,
+    judges,
+    publishing,
+    recipes,
+    tasks,
+    training,
+)
 
 
 def test_the_classifier_tells_mild_insults_from_greetings():
@@ -69,10 +78,10 @@ def adapted(tiny, tmp_path_factory):
     from peft import PeftModel
 
     folder = tmp_path_factory.mktemp("adapted")
-    chosen = fine_tuning.FineTuneConfig.from_parameters(task="detox", base_model=str(tiny), max_rows=64, max_steps=8,
+    chosen = recipes.FineTuneConfig.from_parameters(task="detox", base_model=str(tiny), max_rows=64, max_steps=8,
                                                         learning_rate=5e-2)
-    fine_tuning.fine_tune(chosen, folder / "run")
-    published = fine_tuning.publish(folder / "run", folder / "mine", {})
+    training.run(chosen, folder / "run")
+    published = publishing.publish(folder / "run", folder / "mine", {})
     model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
     return published, PeftModel.from_pretrained(model, published).eval(), tokenizer
 
@@ -108,18 +117,18 @@ def test_a_card_is_kept_up_with_its_numbers(adapted, tmp_path, monkeypatch):
     folder = adapted[0]
     estimate = asdict(evaluation.bootstrap([1.0, 0.0, 1.0, 1.0]))
     evaluated = {"rows": 4, "source": "practice", "base": {"style": estimate}, "adapter": {"joint": estimate}}
-    cards.update(folder, evaluation=evaluated, tried=[{"learning rate": "0.001", "joint": "0.750"}])
+    publishing.update_card(folder, evaluation=evaluated, tried=[{"learning rate": "0.001", "joint": "0.750"}])
     card = (folder / "README.md").read_text()
     assert "| base | 0.750 [0.250, 1.000] |  |" in card and "| adapter |  | 0.750 [0.250, 1.000] |" in card
     assert "## What was tried" in card and "| 0.001 | 0.750 |" in card
     before = sorted(path.read_text() for path in folder.glob("*.*") if path.suffix in (".md", ".json"))
-    monkeypatch.setattr(cards, "model_card", lambda record: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(publishing, "model_card", lambda record: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(WorkbookError, match="its disk is full"):
-        cards.update(folder, command="another")
+        publishing.update_card(folder, command="another")
     after = sorted(path.read_text() for path in folder.glob("*.*") if path.suffix in (".md", ".json"))
     assert before == after and not list(folder.glob(".*")), "half an update was left behind"
     with pytest.raises(WorkbookError, match="has no metrics.json"):
-        cards.update(tmp_path, examples=[])
+        publishing.update_card(tmp_path, examples=[])
 
 
 def test_the_evaluation_job_judges_an_adapter_and_keeps_its_card(adapted, tiny, tmp_path, jobs):

@@ -16,11 +16,11 @@ import audit
 import psutil
 import pytest
 
-from helpers import WorkbookError, base_models, fine_tuning
+from helpers import WorkbookError, base_models, recipes, trainer, training
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(path for pattern in ("helpers/**/*.py", "notebooks/**/*.py", "notebooks/**/*.ipynb") for path in ROOT.glob(pattern)
-                 if ".ipynb_checkpoints" not in path.parts)
+SOURCES = sorted(path for pattern in ("helpers/**/*.py", "notebooks/**/*.py", "notebooks/**/*.ipynb")
+                 for path in ROOT.glob(pattern) if ".ipynb_checkpoints" not in path.parts)
 PICKLERS = ("pickle", "dill", "cloudpickle", "joblib", "shelve")
 
 # ---- sources
@@ -158,17 +158,17 @@ def test_no_code_of_a_model_folder_runs(tiny, tmp_path, mark, kind, loads):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_pickle_in_a_checkpoint_is_not_run(tiny, tmp_path, mark, name):
-    config = fine_tuning.FineTuneConfig.from_parameters(task="sql", base_model=str(tiny), max_rows=16, max_steps=2,
+    config = recipes.FineTuneConfig.from_parameters(task="sql", base_model=str(tiny), max_rows=16, max_steps=2,
                                                         checkpoint_steps=1, batch_size=2)
-    fine_tuning.fine_tune(config, tmp_path / "run")
+    training.run(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "trained")
-    last = fine_tuning.last_checkpoint(tmp_path / "run" / "checkpoints")
+    last = trainer.last_checkpoint(tmp_path / "run" / "checkpoints")
     shutil.rmtree(last)
-    last = fine_tuning.last_checkpoint(tmp_path / "run" / "checkpoints")
+    last = trainer.last_checkpoint(tmp_path / "run" / "checkpoints")
     assert (last / name).exists() and last.name == "checkpoint-1"
     (last / name).write_bytes(pickle.dumps(Payload(mark)))
     try:
-        fine_tuning.fine_tune(config, tmp_path / "run", resume=True)
+        training.run(config, tmp_path / "run", resume=True)
     except (pickle.UnpicklingError, WorkbookError, RuntimeError) as error:
         assert name != "training_args.bin", error  # nobody reads that one back
     assert not mark.exists(), "a checkpoint's pickle ran"

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import base_models, cards  # noqa: E402
+from helpers import base_models, write_json  # noqa: E402
 
 START = {"rank": 16, "rows": 4, "length": 64}
 CURVES = {"rank": [4, 16, 64, 256], "rows": [1, 4, 16], "length": [32, 128, 512]}
@@ -42,7 +42,7 @@ def train(rank: int, rows: int, length: int, steps: int) -> dict:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from helpers import fine_tuning
+    from helpers import trainer
 
     torch.manual_seed(0)
     model, _ = base_models.load()
@@ -54,7 +54,7 @@ def train(rank: int, rows: int, length: int, steps: int) -> dict:
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     moments = []
     for _ in range(steps + 1):
-        fine_tuning.completion_loss(model, batch).backward()
+        trainer.completion_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         if model.device.type == "cuda":
@@ -121,7 +121,7 @@ def main() -> None:
         found.setdefault(name, {}).setdefault(str(value), []).append(one)
         print(f"{name} {value}: {said.format(**one)}", flush=True)
         if arguments.json:
-            cards.write_json(arguments.json, {"command": command, "hardware": base_models.hardware(), "start": START,
+            write_json(arguments.json, {"command": command, "hardware": base_models.hardware(), "start": START,
                                               "bases": BASES, "curves": found})
 
     for _ in range(arguments.rounds):

@@ -1,7 +1,7 @@
 """Long runs, as commands: `make soak`, or one of
 
-    python tests/soak.py swaps --count 1000 [--base smollm2-135m-instruct]
-    python tests/soak.py kills --count 50
+    python tests/tools/soak.py swaps --count 1000 [--base smollm2-135m-instruct]
+    python tests/tools/soak.py kills --count 50
 
 swaps: random swaps, answers and mixed batches on one AdapterBank, while a second thread keeps refreshing it and an adapter
 comes, changes and goes. Every answer must be the one that PEFT alone gives for that adapter; at the end the logits must be
@@ -28,10 +28,10 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import WorkbookError, base_models, fine_tuning  # noqa: E402
+from helpers import WorkbookError, base_models, publishing, recipes, sha256, trainer, training  # noqa: E402
 
 PRELOADED = {"torch": ("nn",), "trl": ("SFTConfig", "SFTTrainer"), "peft": ("LoraConfig", "get_peft_model"),
              "datasets": ("Dataset",), "bitsandbytes": ("nn",), "sqlglot": ("parse",),
@@ -60,7 +60,7 @@ def make_adapter(model, base_name: str, folder: Path, seed: int) -> Path:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     with tempfile.TemporaryDirectory(dir=folder.parent.parent) as temporary:
         staging = Path(temporary) / "adapter"
-        fine_tuning.save_adapter(wrapped, base_name, staging)
+        publishing.save_adapter(wrapped, base_name, staging)
         wrapped.unload()
         if folder.exists():  # one rename each: a refresh sees the old adapter, none, or the new one
             os.replace(folder, Path(temporary) / "old")
@@ -199,7 +199,7 @@ def swaps(count: int, base_name: str, seed: int = 0, after=lambda: None) -> dict
 def kills(count: int, base_name: str, seed: int = 0, between=lambda run_dir: None) -> dict:
     """See the module's docstring. ``between`` is called with the run's folder after every kill. Raises Wrong."""
     rng, steps = random.Random(seed), 4 * count + 8
-    config = fine_tuning.FineTuneConfig.from_parameters(
+    config = recipes.FineTuneConfig.from_parameters(
         task="sql", base_model=base_name, max_rows=64, batch_size=4, max_steps=steps, checkpoint_steps=1, dropout=0.1, rank=4)
     with tempfile.TemporaryDirectory() as temporary:
         whole, killed = Path(temporary) / "whole", Path(temporary) / "killed"
@@ -230,7 +230,7 @@ def kills(count: int, base_name: str, seed: int = 0, between=lambda run_dir: Non
         logs = [json.loads((run / "trained" / "result.json").read_text())["loss_log"] for run in (whole, killed)]
         if logs[0] != logs[1]:
             raise Wrong(f"the loss took another path: {[pair for pair in zip(*logs, strict=False) if pair[0] != pair[1]][:1]}")
-        names = [base_models.sha256(run / "trained" / "adapter_model.safetensors") for run in (whole, killed)]
+        names = [sha256(run / "trained" / "adapter_model.safetensors") for run in (whole, killed)]
         if names[0] != names[1]:
             raise Wrong("the adapter's file differs from that of the run that nobody killed")
         left = [path.name for path in killed.iterdir() if path.name not in ("config.json", "checkpoints", "trained")]
@@ -252,7 +252,7 @@ def start(config, run_dir: Path, resume: bool) -> int:
         try:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
-            fine_tuning.fine_tune(config, run_dir, resume=resume)
+            training.run(config, run_dir, resume=resume)
             code = 0
         except BaseException as error:
             print(f"a child failed: {error!r}", file=sys.stderr, flush=True)
@@ -267,7 +267,7 @@ def finished(pid: int) -> bool:
 
 
 def step_of(run_dir: Path) -> int:
-    checkpoint = fine_tuning.last_checkpoint(run_dir / "checkpoints")
+    checkpoint = trainer.last_checkpoint(run_dir / "checkpoints")
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
 
