@@ -5,7 +5,8 @@
 
 A rule is a function of a `Page` that yields one sentence per fault. `RULES` says for which kinds of pages it holds:
 lessons and solutions are executed and committed with their outputs, exercises are generated and hold none, the web
-page of `make app` is executed when it is looked at, and the pages in Markdown are only checked for links and pictures. tests/test_notebook_rules.py shows each rule going red.
+page of `make app` is executed when it is looked at, and the pages in Markdown are only checked for links and pictures.
+tests/test_notebook_rules.py shows each rule going red.
 """
 
 import ast
@@ -355,6 +356,20 @@ def lesson_length(page: Page):
         yield f"code cells have {statistics.median(lengths):g} lines in the median: at most 8"
     if lengths and sum(length <= 20 for length in lengths) / len(lengths) < 0.9:
         yield "more than a tenth of the code cells are longer than 20 lines"
+
+
+def exercises_are_unsolved(page: Page):
+    """Made by make_exercises.py, never executed: blanks to fill in, no solution, no output."""
+    if any(cell["outputs"] or cell["execution_count"] is not None for cell in page.code):
+        yield "an exercise file stores an output or a count: make it again with `make exercises`"
+    if re.search(r"(BEGIN|END) SOLUTION", page.text) or any("solution" in tags(cell) for cell in page.notebook["cells"]):
+        yield "an exercise file holds a solution"
+    blanks = [cell for cell in page.code if "...  # your code here" in source(cell)]
+    if not blanks or not all("exercise" in tags(cell) for cell in blanks):
+        yield "an exercise file has no blank to fill in, or one without the tag `exercise`"
+    after = [following for cell, following in zip(page.code, [*page.code[1:], None], strict=True) if cell in blanks]
+    if not all(following and "assert" in source(following) for following in after):
+        yield "a blank of an exercise file is not followed by a cell that checks it"
 
 
 EXECUTED, NOTEBOOKS = ("lesson", "solutions"), ("lesson", "solutions", "exercises", "app")

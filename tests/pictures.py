@@ -61,7 +61,8 @@ def main() -> int:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         environment = {**os.environ, "CUSTOM_LORA_ADAPTERS_DIR": folder, "JUPYTER_TOKEN": "pictures"}
-        server = subprocess.Popen(app_command(port), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server = subprocess.Popen(app_command(port), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL)
         try:
             browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
             shown = Page(browser.new_page(viewport=SIZE), server)

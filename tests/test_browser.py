@@ -3,6 +3,7 @@
 Skipped, with the reason, where no Chromium is found: `make browser` installs one where it can.
 """
 
+import contextlib
 import csv
 import os
 import re
@@ -72,7 +73,7 @@ class Server:
                         "PYTHONPATH": str(ROOT)}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=log,
-                                            stderr=subprocess.STDOUT)
+                                            stderr=subprocess.STDOUT, start_new_session=True)
         deadline = time.monotonic() + PATIENCE / 1000
         while self.get("/api/status")[0] is None:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
@@ -99,15 +100,19 @@ class Server:
         children = [child for child in psutil.Process(self.process.pid).children(True) if child.status() != psutil.STATUS_ZOMBIE]
         return [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
 
-    def end(self, number: int = signal.SIGTERM):
-        """End the server by a signal; its kernels end with it."""
+    def end(self, ctrl_c: bool = False):
+        """End the server, by Ctrl-C as a terminal sends it (to all of its processes) or by SIGTERM; its kernels end with it."""
         kernels = self.kernels()
-        self.process.send_signal(number)
+        if ctrl_c:
+            os.killpg(self.process.pid, signal.SIGINT)
+        else:
+            self.process.terminate()
         try:
             self.process.wait(60)
             assert psutil.wait_procs(kernels, timeout=30)[1] == [], "a kernel outlives its server"
         finally:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +144,7 @@ def web(browser, tiny, shelf, tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("web"), free_port()
     server = Server(app_command(port, "KEEP=5"), folder, port, WORKBOOK_BASE=str(tiny), WORKBOOK_PREBUILT=str(shelf))
     yield server
-    server.end()
+    server.end(ctrl_c=True)
 
 
 class Page:
@@ -225,10 +230,12 @@ def run_first_cell(page) -> None:
     deadline = time.monotonic() + PATIENCE / 1000
     while not re.search(r"\d", prompt.inner_text()):
         assert time.monotonic() < deadline, f"the cell was not run: {prompt.inner_text()}"
-        if "*" not in prompt.inner_text():
-            page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
-            page.keyboard.press("Control+Enter")
+        page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
+        page.keyboard.press("Control+Enter")
         time.sleep(2)
+        running = time.monotonic() + 60  # an answer can be lost too
+        while "*" in prompt.inner_text() and time.monotonic() < running:
+            time.sleep(0.2)
 
 
 def open_web(browser, server) -> Page:
