@@ -59,9 +59,13 @@ exercises: setup
 lab: setup
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --notebook-dir=notebooks
 
-# The panel as a web page: on this machine only, at the address with the token that it prints.
+# The panel as a web page: on this machine only, at the address with the token that it prints. Ctrl-C ends it.
+# KEEP=300 ARGS="--port=8866"   A tab's kernel ends KEEP seconds after its tab. (It is looked for, because the message
+# that Voila's page sends when it is closed is refused where there is a token.)
+KEEP := 300
 app: setup
-	@$(PY) -m helpers.panel $(ARGS)
+	@$(PY) -m voila notebooks/app/task_explorer.ipynb --Voila.ip=127.0.0.1 --token --no-browser \
+	  --MappingKernelManager.cull_idle_timeout=$(KEEP) --MappingKernelManager.cull_interval=30 $(ARGS)
 
 # Pictures of the real panel, in a real browser, with the shipped adapters.
 images: setup browser

@@ -1,6 +1,4 @@
-"""One style for every figure: readable in grey and by colour-blind readers, labelled, saved with its alt text."""
-
-from __future__ import annotations
+"""One style for every figure: readable in grey and by colour-blind readers, with its alt text."""
 
 import base64
 import io
@@ -8,23 +6,26 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), ordered so that neighbours also differ in lightness.
+import matplotlib.pyplot as plt
+from cycler import cycler
+
+from helpers import ROOT
+
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): neighbours also differ in lightness.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 HATCHES = ["", "//", "..", "xx", "\\\\", "++", "oo"]
-IMAGES = Path(__file__).resolve().parent.parent / "images"
+IMAGES = ROOT / "images"
 
 
-def style():
-    """Apply the workbook's matplotlib style: colour, line and marker change together, so grey prints stay readable."""
-    import matplotlib.pyplot as plt
-    from cycler import cycler
-
+def style() -> None:
+    """Apply the workbook's style: colour, line and marker change together, for prints in grey."""
     plt.rcParams.update({
-        "figure.figsize": (7, 3.8), "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
-        "font.size": 10, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.markersize": 5,
+        "figure.figsize": (7, 3.8), "figure.dpi": 110, "savefig.dpi": 110,
+        "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 11,
+        "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
+        "axes.spines.right": False, "legend.frameon": False, "lines.markersize": 5,
         "svg.hashsalt": "lora-workbook",
         "axes.prop_cycle": cycler(color=COLOURS) + cycler(linestyle=LINES) + cycler(marker=MARKERS),
     })
@@ -32,30 +33,30 @@ def style():
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a notebook output: PNG for the eye, its alt text for screen readers and for comparison."""
+    """A figure as a notebook output: PNG for the eye, alt text for screen readers and nbval."""
 
     png: bytes
     alt: str
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        # nbconvert and JupyterLab read the alt text from the metadata; nbval compares text/plain and skips image/png.
-        data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": f"[figure] {self.alt}"}
+        # nbconvert and JupyterLab read the alt text from the metadata; nbval compares text/plain
+        # and skips image/png.
+        data = {"image/png": base64.b64encode(self.png).decode(),
+                "text/plain": f"[figure] {self.alt}"}
         return data, {"image/png": {"alt": self.alt}}
 
 
 def finish(figure, name: str, alt: str) -> Picture:
-    """Save a figure to images/<name>.png (a job: to its run folder), close it, and return it for display with its alt text.
+    """Save a figure to images/<name>.png (a job: to its run folder), close it and return it.
 
-    alt: what a reader who cannot see the figure is told; no measured digits that differ from run to run.
+    alt: what a reader who cannot see the figure is told; no digits that differ from run to run.
     """
-    import matplotlib.pyplot as plt
-
     buffer = io.BytesIO()
     # No software version in the file: the same figure is the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None, "Description": alt})
     plt.close(figure)
-    # A job's figures go to its own run folder: images/ holds those of the committed notebooks.
-    folder = Path(os.environ["WORKBOOK_RUN_DIR"]) / "images" if os.environ.get("WORKBOOK_RUN_DIR") else IMAGES
+    run_dir = os.environ.get("WORKBOOK_RUN_DIR")
+    folder = Path(run_dir) / "images" if run_dir else IMAGES
     folder.mkdir(exist_ok=True)
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     temporary.write_bytes(buffer.getvalue())

@@ -308,13 +308,13 @@ def test_a_models_sql_cannot_write_or_leave_its_database(tmp_path, query):
     "CREATE TABLE u AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"])
 def test_a_rows_context_can_only_make_tables(tmp_path, added):
     """Rows come from anywhere, and their context is run to make the test databases; the panel shows it too."""
-    from helpers import panel
+    from helpers import panel_html
 
     context = f"{CONTEXT}; " + added.format(file=tmp_path / "secret")
     with pytest.raises((sqlite3.Error, SqlglotError)):
         evaluation.fill_databases(context, ["SELECT a FROM t"])
     started = time.monotonic()
-    assert "Not run" in panel.sql_results(context, ["SELECT a FROM t"])[0] and time.monotonic() - started < 10
+    assert "Not run" in panel_html.sql_results(context, ["SELECT a FROM t"])[0] and time.monotonic() - started < 10
     assert not list(tmp_path.iterdir())
 
 

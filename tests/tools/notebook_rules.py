@@ -4,8 +4,9 @@
     python tests/tools/notebook_rules.py FILE …   check these
 
 A rule is a function of a `Page` that yields one sentence per fault. `RULES` says for which kinds of pages it holds:
-lessons and solutions are executed and committed with their outputs, exercises are generated and hold none, and the
-pages in Markdown are only checked for links and pictures. tests/test_notebook_rules.py shows each rule going red.
+lessons and solutions are executed and committed with their outputs, exercises are generated and hold none, the web
+page of `make app` is executed when it is looked at, and the pages in Markdown are only checked for links and pictures.
+tests/test_notebook_rules.py shows each rule going red.
 """
 
 import ast
@@ -32,7 +33,7 @@ COMMON_NAMES = {"root", "user", "runner", "ubuntu", "debian", "admin", "jovyan",
 
 @dataclass(frozen=True)
 class Page:
-    """A notebook or a Markdown page, as committed. ``kind``: lesson, solutions, exercises or page."""
+    """A notebook or a Markdown page, as committed. ``kind``: lesson, solutions, exercises, app or page."""
 
     path: Path
 
@@ -48,6 +49,8 @@ class Page:
     def kind(self) -> str:
         if self.path.suffix == ".md":
             return "page"
+        if self.path.parent.name == "app":
+            return "app"
         return next((kind for kind in ("solutions", "exercises") if self.path.stem.endswith(kind)), "lesson")
 
     @functools.cached_property
@@ -369,8 +372,8 @@ def exercises_are_unsolved(page: Page):
         yield "a blank of an exercise file is not followed by a cell that checks it"
 
 
-EXECUTED, NOTEBOOKS, ALL = ("lesson", "solutions"), ("lesson", "solutions", "exercises"), (
-    "lesson", "solutions", "exercises", "page")
+EXECUTED, NOTEBOOKS = ("lesson", "solutions"), ("lesson", "solutions", "exercises", "app")
+ALL = (*NOTEBOOKS, "page")
 RULES = {
     valid: NOTEBOOKS, stripped: EXECUTED, executed: EXECUTED, in_order: EXECUTED, output_stored: EXECUTED,
     raising_cells: EXECUTED, no_traceback: EXECUTED, no_stderr: EXECUTED, nbval_markers: EXECUTED,

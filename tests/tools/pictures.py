@@ -53,16 +53,16 @@ def gif(frames: list[bytes], seconds: list[float]) -> bytes:
 
 def main() -> int:
     from playwright.sync_api import sync_playwright
-    from test_browser import Page, executable, free_port
+    from test_browser import Page, app_command, executable, free_port
 
     if (path := executable()) is None:
         print("error: no Chromium was found: run `make browser`.", file=sys.stderr)
         return 1
     port = free_port()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        environment = {**os.environ, "CUSTOM_LORA_ADAPTERS_DIR": folder, "VOILA_TOKEN": "pictures"}
-        command = [sys.executable, "-m", "helpers.panel", "--port", str(port), *sys.argv[1:]]
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        environment = {**os.environ, "CUSTOM_LORA_ADAPTERS_DIR": folder, "JUPYTER_TOKEN": "pictures"}
+        server = subprocess.Popen(app_command(port), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL)
         try:
             browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
             shown = Page(browser.new_page(viewport=SIZE), server)

@@ -1,0 +1,176 @@
+"""What the panel shows, as HTML and CSV text.
+
+Whatever a model or a person wrote is escaped before it becomes HTML.
+"""
+
+import base64
+import csv
+import io
+import sqlite3
+import time
+from collections.abc import Iterable
+from html import escape
+
+from sqlglot.errors import SqlglotError
+
+from helpers import evaluation
+from helpers.adapters import AdapterBank, Answer, Settings
+
+STYLE = """<style>
+.lora-panel {max-width: 1180px; color: var(--jp-ui-font-color1, #111);
+  background: var(--jp-layout-color1, #fff)}
+.lora-panel .widget-hbox {flex-flow: row wrap; width: 100%}
+.lora-panel .widget-html-content, .lora-panel .jupyter-widget-html-content {line-height: 1.45;
+  overflow-wrap: break-word; min-width: 0}
+.lora-panel .status {display: inline-block; padding: 2px 10px; border-radius: 10px;
+  border: 1px solid var(--jp-border-color1, #888); background: var(--jp-layout-color2, #eee)}
+.lora-panel .status.error {border: 2px solid var(--jp-error-color1, #b71c1c)}
+.lora-panel .card {border: 1px solid var(--jp-border-color1, #888); border-radius: 4px;
+  padding: 8px 10px; min-height: 110px}
+.lora-panel .card h4 {margin: 0 0 6px 0}
+.lora-panel pre {white-space: pre-wrap; word-break: normal; margin: 0 0 6px 0; padding: 6px;
+  max-height: 320px; overflow: auto; background: var(--jp-layout-color2, #f4f4f4);
+  color: var(--jp-content-font-color1, #111)}
+.lora-panel .wide {overflow-x: auto}
+.lora-panel table {border-collapse: collapse; margin: 4px 0}
+.lora-panel caption {text-align: left; white-space: nowrap}
+.lora-panel th, .lora-panel td {border: 1px solid var(--jp-border-color2, #aaa); padding: 2px 8px;
+  text-align: left; vertical-align: top}
+.lora-panel td {overflow-wrap: anywhere}
+.lora-panel .note {color: var(--jp-ui-font-color2, #444)}
+.lora-panel a {color: var(--jp-content-link-color, #0b57d0)}
+.lora-panel :focus-visible {outline: 2px solid var(--jp-brand-color1, #0b57d0); outline-offset: 1px}
+</style>"""
+HEAD = STYLE + "<h3>Task explorer: one base model, adapters swapped live</h3>"
+NUMBERS = {  # setting: (its label, lowest, highest, step, tooltip)
+    "max_new_tokens": ("New tokens", 1, 1024, 1, "at most so many tokens"),
+    "temperature": ("Temperature", 0.05, 5, 0.05, "below 1: sharper; above 1: flatter"),
+    "top_p": ("Top-p", 0.05, 1, 0.05, "draw from the likeliest tokens that sum to p"),
+    "top_k": ("Top-k (0: off)", 0, 1000, 1, "draw from the k likeliest tokens"),
+    "beams": ("Beams", 1, 8, 1, "beam search; shows its end only"),
+    "repetition_penalty": ("Repetition penalty", 0.5, 2, 0.05, "1: none"),
+    "seed": ("Seed", 0, 2**31 - 1, 1, "of the draws"),
+}
+COLUMNS = ("time", "task", "adapter", "answer", "tokens", "first_token_ms", "tokens_per_second")
+
+
+def note(text: str) -> str:
+    """One line in the colour of side remarks."""
+    return f"<div class='note'>{escape(text)}</div>"
+
+
+def status(state: str, text: str) -> str:
+    """The status line. Screen readers say it when it changes."""
+    return ("<div role='status' aria-live='polite'>"
+            f"<span class='status {state}'>{escape(text)}</span></div>")
+
+
+def prompt(text: str) -> str:
+    """The prompt with its line breaks."""
+    return f"{note('The prompt as the model reads it:')}<pre>{escape(text)}</pre>"
+
+
+def page(lines: list[str], parts: list[str]) -> str:
+    """The panel's last state for pages that run no widgets; parts: HTML already."""
+    body = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return ("<h3>Task explorer (a picture of its last state; run the notebook to use it)</h3>"
+            f"{body}{''.join(parts)}")
+
+
+def table(header: list[str], rows: Iterable, caption: str = "") -> str:
+    """A table, every cell escaped."""
+    lines = [f"<caption>{escape(caption)}</caption>" if caption else "", "<thead>",
+             _row(header, "th"), "</thead><tbody>", *[_row(row, "td") for row in rows], "</tbody>"]
+    return f"<div class='wide'><table>{''.join(lines)}</table></div>"
+
+
+def _row(cells: Iterable, tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+
+def card(title: str, text: str | None, times: str = "", extra: str = "") -> str:
+    """One answer; text None: not begun. Everything is escaped but `extra`, which must be HTML."""
+    empty = "<span class='note'>…</span>" if text is None else "<span class='note'>(empty)</span>"
+    return (f"<div class='card' role='region' aria-label='{escape(title)}'><h4>{escape(title)}</h4>"
+            f"<pre>{escape(text) if text else empty}</pre>{note(times)}{extra}</div>")
+
+
+def readout(answer: Answer, mixed: bool = False) -> str:
+    """The measured times of an answer in words; mixed: it was one of a batch with many adapters."""
+    swap = "in one mixed batch, no swap" if mixed else f"swap {1e3 * answer.swap_seconds:.3f} ms"
+    return (f"{swap} · first token {1e3 * answer.first_token_seconds:.0f} ms · "
+            f"{answer.tokens_per_second:.1f} tokens/s · {answer.tokens} tokens"
+            f"{', stopped' if answer.stopped else ''}")
+
+
+def memory_table(bank: AdapterBank, problems: dict[str, str]) -> str:
+    """What is in memory, with its size, and the adapters that cannot be used, with the reason."""
+    rows = [[f"base model {bank.base_name}", "", "", "", f"{bank.base_bytes / 1e6:.1f} MB"]]
+    for name, info in bank.adapters.items():
+        rows.append([info.title, info.rank, f"{info.alpha:g}", ", ".join(info.target_modules),
+                     f"{bank.adapter_bytes(name) / 1e6:.1f} MB"])
+    shown = table(["", "rank", "alpha", "target modules", "memory"], rows)
+    return shown + (table(["cannot be used", "why"], problems.items()) if problems else "")
+
+
+def sql_results(context: str, queries: list[str], rows=8, seconds=1.0) -> list[str]:
+    """Each query's result on one small made-up database with the context's tables.
+
+    A query can only read, for at most `seconds`; at most `rows` of its rows are shown. A context
+    that is more than CREATE TABLE statements is not run.
+    """
+    try:
+        if not context.strip():
+            raise ValueError("there is no CREATE TABLE statement")
+        connection = evaluation.fill_databases(context, queries, databases=1)[0]
+    except (SqlglotError, sqlite3.Error, RecursionError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        return [note(f"Not run: the table cannot be made ({reason}).")] * len(queries)
+    shown = []
+    for query in queries:
+        try:
+            header, found = evaluation.run_sql(connection, query, seconds)
+            count = f"rows: {len(found)}"
+            if len(found) > rows:
+                count = f"first {rows} of {len(found)} rows"
+            shown.append(table(header, found[:rows], f"Run on made-up rows ({count})"))
+        except sqlite3.Error as error:
+            shown.append(note(f"Does not run: {error}"))
+    connection.close()
+    return shown
+
+
+def history_entry(task: str, mode: str, answer: Answer, text: str, settings: Settings) -> dict:
+    """One answer's line of the history; text: the answer as it is shown."""
+    options = [f"{key}={value}" for key, value in settings.options().items()]
+    return {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "task": task, "mode": mode,
+            "adapter": answer.adapter or "base", "prompt": answer.prompt, "answer": text,
+            "tokens": answer.tokens, "swap_ms": round(1e3 * answer.swap_seconds, 4),
+            "first_token_ms": round(1e3 * answer.first_token_seconds, 1),
+            "tokens_per_second": round(answer.tokens_per_second, 2),
+            "stopped": answer.stopped, "settings": ", ".join(options)}
+
+
+def history_table(entries: list[dict]) -> str:
+    """The newest twenty answers."""
+    rows = [[entry[name] for name in COLUMNS] for entry in entries[:-21:-1]]
+    return table([name.replace("_", " ") for name in COLUMNS], rows,
+                 f"The newest of {len(entries)} answers first")
+
+
+def download_link(entries: list[dict]) -> str:
+    """The history as CSV in a link that holds it: it needs no server.
+
+    An apostrophe leads a text that a spreadsheet would run as a formula.
+    """
+    if not entries:
+        return "No answers yet."
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(entries[0])
+    for entry in entries:
+        writer.writerow([f"'{cell}" if str(cell).startswith(tuple("=+-@\t\r")) else cell
+                         for cell in entry.values()])
+    data = base64.b64encode(buffer.getvalue().encode()).decode()
+    return (f"<a download='history.csv' href='data:text/csv;base64,{data}'>"
+            f"Save history.csv ({len(entries)} answers)</a>")
