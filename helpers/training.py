@@ -36,7 +36,8 @@ from helpers.publishing import save_trained
 from helpers.recipes import FineTuneConfig
 from helpers.tasks import Task, get_task, register
 from helpers.trainer import CompletionTrainer, last_checkpoint, summed_cross_entropy
-from helpers.workers import group, launch, plan
+from helpers.worker_group import group
+from helpers.workers import launch, plan
 
 SETTINGS = "config.json"  # in a run's folder: its recipe and number of workers
 

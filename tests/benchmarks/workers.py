@@ -37,10 +37,10 @@ def measure(out: str, asked: int, steps: int, rows: int, length: int, what: str,
     from peft import LoraConfig, get_peft_model
     from torch.nn.parallel import DistributedDataParallel
 
-    from helpers import base_models
+    from helpers import base_models, worker_group
 
     cuda = torch.cuda.is_available()
-    with workers.group(asked, {"benchmark": f"{steps} {rows} {length} {what}"}):
+    with worker_group.group(asked, {"benchmark": f"{steps} {rows} {length} {what}"}):
         rank = int(os.environ.get("RANK", "0"))
         model = load(shape)
         device = next(model.parameters()).device
@@ -145,8 +145,8 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "values": values}
 
 
-def fine_tuning_config(args, folder: str, **changes):
-    from helpers import fine_tuning
+def config_of(args, folder: str, **changes):
+    from helpers import recipes
 
     if args.base_model == "tiny":  # the tests' random model of two small layers
         from tests.conftest import make_tiny
@@ -154,17 +154,17 @@ def fine_tuning_config(args, folder: str, **changes):
         args.base_model = make_tiny(Path(folder, "tiny-llama"))
     settings = {"task": "sql", "base_model": str(args.base_model), "max_steps": args.steps, "max_rows": args.max_rows,
                 "precision": args.precision, "checkpoint_steps": 5, **changes}
-    return fine_tuning.FineTuneConfig.from_parameters(**settings)
+    return recipes.FineTuneConfig.from_parameters(**settings)
 
 
 def losses(args) -> dict:
     """The SQL job's training, N workers x b rows against 1 worker x N b rows."""
-    from helpers import fine_tuning
+    from helpers import training
 
     with tempfile.TemporaryDirectory() as folder:
-        small, large = (fine_tuning_config(args, folder, batch_size=args.rows * n) for n in (1, args.workers))
-        many = fine_tuning.fine_tune(small, Path(folder, "many"), workers=args.workers)
-        one = fine_tuning.fine_tune(large, Path(folder, "one"))
+        small, large = (config_of(args, folder, batch_size=args.rows * n) for n in (1, args.workers))
+        many = training.run(small, Path(folder, "many"), workers=args.workers)
+        one = training.run(large, Path(folder, "one"))
     pairs = [(a, b) for (_, a), (_, b) in zip(one["loss_log"], many["loss_log"], strict=True)]
     return {"steps": args.steps, "logged": len(pairs), "largest_difference": max(abs(a - b) for a, b in pairs),
             "largest_relative_difference": max(abs(a - b) / abs(a) for a, b in pairs), "losses": pairs,
@@ -175,12 +175,12 @@ def kills(args) -> dict:
     """SIGKILL for a random worker at a random moment, then resume, `cycles` times; every loss must be as if undisturbed."""
     import psutil
 
-    from helpers import fine_tuning
+    from helpers import trainer, training
 
     rng, outcomes = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as folder:
-        chosen = fine_tuning_config(args, folder, batch_size=args.rows, dropout=0.1)
-        alone = fine_tuning.fine_tune(chosen, Path(folder, "alone"), workers=args.workers)["loss_log"]
+        chosen = config_of(args, folder, batch_size=args.rows, dropout=0.1)
+        alone = training.run(chosen, Path(folder, "alone"), workers=args.workers)["loss_log"]
         for cycle in range(args.cycles):
             run, victim, moment = Path(folder, f"run-{cycle}"), rng.randrange(args.workers), []
             pause = rng.uniform(0, args.until)
@@ -190,7 +190,7 @@ def kills(args) -> dict:
                     time.sleep(0.02)
                 time.sleep(after)
                 for process in psutil.process_iter(["cmdline"]):
-                    if "helpers.fine_tuning" in (process.info["cmdline"] or []) and str(run) in process.info["cmdline"]:
+                    if "helpers.training" in (process.info["cmdline"] or []) and str(run) in process.info["cmdline"]:
                         if process.environ().get("RANK") == str(victim):
                             process.kill()
                             moment.append(time.time())
@@ -198,12 +198,12 @@ def kills(args) -> dict:
             threading.Thread(target=kill, daemon=True).start()
             said = "it was not killed"
             try:
-                fine_tuning.fine_tune(chosen, run, workers=args.workers)
+                training.run(chosen, run, workers=args.workers)
             except WorkbookError as error:
                 said = str(error)
             ended = time.time() - moment[0] if moment else None
-            done = fine_tuning.last_checkpoint(run / "checkpoints").name
-            again = fine_tuning.fine_tune(chosen, run, workers=args.workers, resume=True)["loss_log"] if ended else []
+            done = trainer.last_checkpoint(run / "checkpoints").name
+            again = training.run(chosen, run, workers=args.workers, resume=True)["loss_log"] if ended else []
             good = bool(ended and ended < 30 and f"rank {victim} was killed by SIGKILL" in said and again == alone)
             shutil.rmtree(run)
             outcomes.append({"rank": victim, "ended_after_s": ended, "resumed_from": done, "said": said.split(" (logs")[0],

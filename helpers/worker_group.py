@@ -1,0 +1,206 @@
+"""What runs on each host: torchrun with this host's settings, and in its workers `group`.
+
+``python -m helpers.worker_group`` takes torchrun's own options; helpers.workers.plan writes them.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from helpers import ROOT, WorkbookError, write_json
+from helpers.workers import GROUP_SECONDS, JOIN_SECONDS
+
+# What an error says when a connection to another worker broke: the cause is there.
+LOST = r"Connection (closed|reset|refused)|Broken pipe|[Gg]loo|NCCL|Dist\w+Error|been heard of"
+HOST = os.environ.get("WORKBOOK_HOST") or socket.gethostname()
+
+
+@contextlib.contextmanager
+def group(asked: int, facts: dict[str, str] | None = None):
+    """Be one of `asked` workers while the block runs: torch.distributed is initialised.
+
+    facts: what must be the same on all workers, beside versions. Raises WorkbookError if another
+    number of workers started than was asked for, if this worker differs from rank 0, or after
+    GROUP_SECONDS of waiting for another worker (on GPUs NCCL's watchdog aborts the process then).
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != asked:
+        were = "worker was" if asked == 1 else "workers were"
+        raise WorkbookError(f"{asked} {were} asked for and {world} started: the launcher did not "
+                            "do what it was told; start with python -m helpers.jobs, or torchrun.")
+    if world == 1:
+        yield
+        return
+    threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    file = os.environ.get("WORKBOOK_STORE")  # torch's own store would listen to the network
+    store = dist.FileStore(file, world) if file else next(dist.rendezvous("env://"))[0]
+    store.set_timeout(timedelta(seconds=JOIN_SECONDS))
+    _compare(store, rank, world, {**versions(), **(facts or {})})
+    dist.init_process_group("nccl" if device else "gloo", store=dist.PrefixStore("group", store),
+                            rank=rank, world_size=world, device_id=device,
+                            timeout=timedelta(seconds=GROUP_SECONDS))
+    try:
+        yield
+        dist.barrier()
+    except RuntimeError as error:
+        if not re.search("timed? ?out", str(error), re.IGNORECASE):
+            raise
+        other = f"rank {1 - rank}" if world == 2 else "another rank"
+        raise WorkbookError(f"nothing has been heard of {other} for {GROUP_SECONDS} s: its "
+                            "process, its host or the network is down, or slower than "
+                            "WORKBOOK_GROUP_SECONDS allows; resume the run to go on from its last "
+                            "checkpoint.") from error
+    dist.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """What every worker must have the same of: packages, kind of device, this project's files."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "helpers").rglob("*.py")):
+        digest.update(path.read_bytes())
+    packages = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
+    return {**{name: importlib.metadata.version(name).split("+")[0] for name in packages},
+            "devices of the kind": "GPU" if torch.cuda.is_available() else "CPU",
+            "this project's helpers": digest.hexdigest()[:12]}
+
+
+def main(argv: list[str]) -> int:
+    """torchrun on one host. Why it failed is left in ``<log dir>/failure.json``."""
+    if "--node-rank=SLURM_PROCID" in argv:
+        first = subprocess.check_output(["scontrol", "show", "hostnames"], text=True).split()[0]
+        task = os.environ["SLURM_PROCID"]
+        argv = [w.replace("SLURM_PROCID", task).replace("SLURM_FIRST_HOST", first) for w in argv]
+    if os.environ.get("WORKBOOK_END_WITH_STDIN"):
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    options = torchrun.parse_args(argv)
+    folder, at = Path(options.log_dir), f"{options.master_addr}:{options.master_port}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _prepare_host(options, folder)
+        torchrun.run(options)
+        return 0
+    except ChildFailedError as error:
+        failures = [_worker_failure(rank, failure) for rank, failure in error.failures.items()]
+    except SignalException:  # whoever sent the signal knows why
+        return 1
+    except WorkbookError as error:
+        failures = [_failure(str(error))]
+    except Exception as error:
+        failures = [_failure(f"{HOST} did not meet the other hosts at {at} ("
+                             f"{str(error).splitlines()[0]}): see whether all run, and can reach "
+                             "that address of the first host and a free MASTER_PORT there")]
+    write_json(folder / "failure.json", failures)
+    print("\n".join(failure["message"] for failure in failures), file=sys.stderr)
+    return 1
+
+
+def _failure(message: str, after: int = 0) -> dict:
+    return {"message": message, "after": after, "time": time.time(), "traceback": ""}
+
+
+def _worker_failure(rank: int, failure: ProcessFailure) -> dict:
+    """Why a worker ended, in a sentence. after: 0 for a cause, more for what follows from one."""
+    who, said = f"The worker of rank {rank}", failure.message
+    who += f" on {HOST}" if HOST != "this host" else ""
+    if isinstance(said, dict):  # from the error file that the worker's main wrote, under @record
+        text = said["message"].removeprefix("WorkbookError: ").rstrip(".")
+        bug = not said["message"].startswith("WorkbookError: ")
+        return {"message": f"{who} failed: {text}", "after": int(bool(re.search(LOST, text))),
+                "time": failure.timestamp, "traceback": said["extraInfo"]["py_callstack"] * bug}
+    if failure.exitcode > 0:
+        return _failure(f"{who} failed: it ended with exit code {failure.exitcode}")
+    name = failure.signal_name()
+    # The launcher sends SIGTERM when another has failed, NCCL's watchdog aborts.
+    after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)
+    why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
+           "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
+    return _failure(f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
+                    "its last checkpoint", after)
+
+
+def _prepare_host(options, folder: Path) -> None:
+    """Threads, network interface and GPUs of this host's workers."""
+    each, gpus = int(options.nproc_per_node), torch.cuda.device_count()
+    if 0 < gpus < each:
+        raise WorkbookError(f"{each} workers were asked for and {HOST} has {gpus} GPU"
+                            f"{'s' * (gpus > 1)}: one process needs a GPU of its own, so ask for "
+                            f"at most {gpus}.")
+    # More threads than cores would make every worker wait for every other.
+    has_mask = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
+    threads = int(os.environ.get("SLURM_CPUS_PER_TASK") or cores // each)
+    given = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, min(threads, int(given[0]) if given else threads)))
+    os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}]: "
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast needs rights that containers lack
+    own, several = "127.0.0.1", options.nnodes != "1"
+    if several:
+        options.rdzv_conf = f"timeout={JOIN_SECONDS}"
+        at = options.master_addr, int(options.master_port)
+        if int(options.node_rank) == 0:
+            socket.create_server(at).close()  # is that address this host's, and its port free?
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(at)  # sends nothing: it only looks up the route
+            own = probe.getsockname()[0]
+    else:  # meet in files and on the loopback address: nothing listens to the network
+        options.rdzv_backend, options.rdzv_conf = "c10d", "store_type=file"
+        options.rdzv_endpoint, options.local_addr = str(folder / "rendezvous"), own
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        os.environ["WORKBOOK_STORE"] = str(folder / "store")
+    # Gloo and NCCL would otherwise take the host name's address, which may be another network's.
+    interface = next(name for name, entries in psutil.net_if_addrs().items()
+                     if any(entry.address == own for entry in entries))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[name] = (several and os.environ.get(name)) or interface
+
+
+def _compare(store: dist.Store, rank: int, world: int, mine: dict[str, str]) -> None:
+    """Wait until all have come; raise WorkbookError where this worker differs from rank 0."""
+    store.set(f"facts/{rank}", json.dumps({"host": HOST, **mine}))
+    store.wait([f"facts/{other}" for other in range(world)])
+    theirs = json.loads(store.get("facts/0"))
+    if theirs["host"] == HOST:  # the same files; they may have been edited since
+        del mine["this project's helpers"]
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise WorkbookError(f"{HOST} has {name} {value} and {theirs['host']}, where rank 0 "
+                                f"runs, has {theirs.get(name)}: every host needs the same project "
+                                "and versions (pip install -c constraints.txt).")
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)  # torchrun ends its workers upon it
+
+
+def _end_with_launcher(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
