@@ -19,7 +19,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from helpers import WorkbookError, worker_group, workers
+from helpers import WorkbookError, recipes, training, worker_group, workers
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMBER = "tests.group_member"
