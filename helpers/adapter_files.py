@@ -116,8 +116,8 @@ def read_tensors(folder: Path | str, base_name: str = EMBEDDED) -> tuple[Adapter
     try:
         return _read(Path(folder), base_name)
     except (_Fault, OSError) as error:
-        fault = error if isinstance(error, _Fault) else f"cannot be read ({error}): copy it again"
-        raise WorkbookError(f"The adapter in {folder} {fault}.") from error
+        reason = error if isinstance(error, _Fault) else f"cannot be read: {error}"
+        raise WorkbookError(f"The adapter in {folder} {reason}.") from error
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def discover(base_name: str = EMBEDDED, prebuilt: Path | None = None,
     found, problems = [], {}
     for root, prefix, label in ((Path(prebuilt or PREBUILT), "", ""),
                                 (Path(custom or custom_adapters_dir()), "custom/", "Custom: ")):
-        for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        for folder in sorted(root.glob("[!.]*")):
             name = prefix + folder.name
             try:
                 if _holds_adapter(folder, root):
@@ -148,17 +148,15 @@ def discover(base_name: str = EMBEDDED, prebuilt: Path | None = None,
             except WorkbookError as problem:
                 problems[name] = str(problem)
             except OSError as error:
-                problems[name] = f"The folder {folder} cannot be read ({error}): mend or remove it."
+                problems[name] = f"The folder {folder} cannot be read ({error}): remove or mend it."
     return Discovered(found, problems)
 
 
 def _holds_adapter(folder: Path, root: Path) -> bool:
-    if folder.is_symlink():
-        if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
-            raise WorkbookError(f"The adapter in {folder} is a link to another place: copy it.")
-        return True
-    return (folder.is_dir() and not folder.name.startswith(".")
-            and any(path.name.startswith("adapter_") for path in folder.iterdir()))
+    if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
+        raise WorkbookError(f"The adapter in {folder} is a link to another place: copy it there.")
+    return folder.is_symlink() or (
+        folder.is_dir() and any(path.name.startswith("adapter_") for path in folder.iterdir()))
 
 
 @lru_cache(maxsize=8)
@@ -259,12 +257,10 @@ def _target_modules(named, base_name: str) -> dict[str, tuple[int, int]]:
     layers = layer_shapes(base_name)
     _need(isinstance(named, list) and named and all(isinstance(name, str) for name in named),
           f"has target_modules {named!r:.80}: it must be a list of names (a pattern is not run)")
-    chosen = set()
+    chosen, known = set(), ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
     for name in named:
         found = [layer for layer in layers if f".{layer}".endswith(f".{name}")]
-        known = ", ".join(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in layers))
-        _need(found, f"targets the module {name!r:.80}, which {base_name} lacks: its linear layers "
-              f"are {known}")
+        _need(found, f"targets the module {name!r:.80}, which {base_name} lacks: it has {known}")
         chosen.update(found)
     return {layer: shape for layer, shape in layers.items() if layer in chosen}
 
