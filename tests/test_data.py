@@ -111,7 +111,7 @@ def test_fraction_and_count_choose_by_seed(tmp_path):
 
 def test_a_files_other_fields_stay(tmp_path):
     """Notebook 05 judges rows by their `source`."""
-    path = write(tmp_path / "r.jsonl", {**ROW, "source": "mine", "level": 3, "split": "train"}, ROW)
+    path = write(tmp_path / "r.jsonl", {**ROW, "source": "mine", "level": 3, "split": "train"}, {**ROW, "split": "train"})
     assert data.load_rows("sql", path).rows == [{**ROW, "source": "mine", "level": 3}, ROW]
 
 
