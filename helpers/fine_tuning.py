@@ -692,7 +692,7 @@ def publish(run_dir: Path, adapter_dir: Path, metrics: dict, examples: list[dict
 
 def main(run_dir: str) -> None:
     """One worker of a group: train with the config that `fine_tune` left in the run's folder."""
-    from helpers.workers import group
+    from helpers.worker_group import group
 
     known = Path(run_dir) / "config.json"
     if not known.is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from helpers import WorkbookError, workers
+from helpers import WorkbookError, worker_group
 
 
 def sum_of_ranks() -> float:
@@ -23,9 +23,9 @@ def sum_of_ranks() -> float:
 def main(scenario: str, asked: int = 2) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if scenario == "older" and rank == 1:
-        versions = workers._versions()
-        workers._versions = lambda: versions | {"torch": "2.3.0"}
-    with workers.group(asked):
+        versions = worker_group.versions()
+        worker_group.versions = lambda: versions | {"torch": "2.3.0"}
+    with worker_group.group(asked):
         print(f"rank {rank} of {asked}: the ranks add up to {sum_of_ranks():g}", flush=True)
         if len(sys.argv) > 3:  # the test reads who takes part, and what listens
             Path(sys.argv[3], f"{rank}.pid").write_text(f"{os.getpid()} {os.getppid()}")

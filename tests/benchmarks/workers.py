@@ -37,10 +37,10 @@ def measure(out: str, asked: int, steps: int, rows: int, length: int, what: str,
     from peft import LoraConfig, get_peft_model
     from torch.nn.parallel import DistributedDataParallel
 
-    from helpers import base_models
+    from helpers import base_models, worker_group
 
     cuda = torch.cuda.is_available()
-    with workers.group(asked, {"benchmark": f"{steps} {rows} {length} {what}"}):
+    with worker_group.group(asked, {"benchmark": f"{steps} {rows} {length} {what}"}):
         rank = int(os.environ.get("RANK", "0"))
         model = load(shape)
         device = next(model.parameters()).device

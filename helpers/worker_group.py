@@ -1,0 +1,187 @@
+"""What runs on each host: torchrun with this host's settings, and in its workers `group`.
+
+``python -m helpers.worker_group`` takes torchrun's own options; helpers.workers.plan writes them.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from helpers import ROOT, WorkbookError, write_json
+from helpers.workers import GROUP_SECONDS, JOIN_SECONDS
+
+HOST = os.environ.get("WORKBOOK_HOST") or socket.gethostname()
+
+
+@contextlib.contextmanager
+def group(asked: int, facts: dict[str, str] | None = None):
+    """Be one of `asked` workers while the block runs: torch.distributed is initialised.
+
+    facts: what must be the same on all workers, beside versions. Raises WorkbookError if another
+    number of workers started than was asked for, if this worker differs from rank 0, or if another
+    was waited for GROUP_SECONDS; on GPUs NCCL's watchdog then aborts this process.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != asked:
+        were = "worker was" if asked == 1 else "workers were"
+        raise WorkbookError(f"{asked} {were} asked for and {world} started: the launcher did not "
+                            "do what it was told; start with python -m helpers.jobs, or torchrun.")
+    if world == 1:
+        yield
+        return
+    threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    file = os.environ.get("WORKBOOK_STORE")  # on one host a file, as torch's store would listen
+    store = dist.FileStore(file, world) if file else next(dist.rendezvous("env://"))[0]
+    store.set_timeout(timedelta(seconds=JOIN_SECONDS))
+    _compare(store, rank, world, {**versions(), **(facts or {})})
+    dist.init_process_group("nccl" if device else "gloo", store=dist.PrefixStore("group", store),
+                            rank=rank, world_size=world, device_id=device,
+                            timeout=timedelta(seconds=GROUP_SECONDS))
+    try:
+        yield
+        dist.barrier()
+    except RuntimeError as error:
+        if not re.search("timed? ?out", str(error), re.IGNORECASE):
+            raise
+        other = f"rank {1 - rank}" if world == 2 else "another rank"
+        raise WorkbookError(f"nothing has been heard of {other} for {GROUP_SECONDS} s: its "
+                            "process, its host or the network is down; resume the run to go on "
+                            "from its last checkpoint.") from error
+    dist.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """What every worker must have the same of: packages, kind of device, this project's files."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "helpers").rglob("*.py")):
+        digest.update(path.read_bytes())
+    packages = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
+    return {**{name: importlib.metadata.version(name).split("+")[0] for name in packages},
+            "devices of the kind": "GPU" if torch.cuda.is_available() else "CPU",
+            "this project's helpers": digest.hexdigest()[:12]}
+
+
+def main(argv: list[str]) -> int:
+    """torchrun on one host. Why it failed is left in ``<log dir>/failure.json``."""
+    if "--node-rank=SLURM_PROCID" in argv:
+        first = subprocess.check_output(["scontrol", "show", "hostnames"], text=True).split()[0]
+        argv = [word.replace("SLURM_PROCID", os.environ["SLURM_PROCID"]) for word in argv]
+        argv[argv.index("--master-addr=Slurm")] = f"--master-addr={first}"
+    if os.environ.get("WORKBOOK_END_WITH_STDIN"):
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    options = torchrun.parse_args(argv)
+    folder, at = Path(options.log_dir), f"{options.master_addr}:{options.master_port}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _prepare_host(options, folder)
+        torchrun.run(options)
+        return 0
+    except ChildFailedError as error:
+        failures = [_failure(rank, failure.message, failure.timestamp, failure.exitcode)
+                    for rank, failure in error.failures.items()]
+    except SignalException:  # whoever sent the signal knows why
+        return 1
+    except WorkbookError as error:
+        failures = [_failure(-1, str(error), time.time())]
+    except Exception as error:
+        reason = f"{HOST} did not meet the other hosts at {at} ({str(error).splitlines()[0]})"
+        failures = [_failure(-1, f"{reason}: see whether all run, and can reach that address of "
+                                 "the first host and a free MASTER_PORT there", time.time())]
+    write_json(folder / "failure.json", failures)
+    print("\n".join(failure["message"] for failure in failures), file=sys.stderr)
+    return 1
+
+
+def _failure(rank: int, said: str | dict, when: float, exitcode: int = 1) -> dict:
+    """said: what the worker left in its error file, a dict, or else torchrun's own words."""
+    reported = isinstance(said, dict)
+    return {"rank": rank, "host": HOST, "time": when,
+            "signal": signal.Signals(-exitcode).name if exitcode < 0 and not reported else "",
+            "message": said["message"] if reported else said,
+            "traceback": said["extraInfo"]["py_callstack"] if reported else ""}
+
+
+def _prepare_host(options, folder: Path) -> None:
+    """Threads, network interface and GPUs of this host's workers."""
+    each, gpus = int(options.nproc_per_node), torch.cuda.device_count()
+    if 0 < gpus < each:
+        raise WorkbookError(f"{each} workers were asked for and {HOST} has {gpus} GPU"
+                            f"{'s' * (gpus > 1)}: one process needs a GPU of its own, so ask for "
+                            f"at most {gpus}.")
+    # More threads than cores would make every worker wait for every other.
+    has_mask = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
+    threads = int(os.environ.get("SLURM_CPUS_PER_TASK") or cores // each)
+    given = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, min(threads, int(given[0]) if given else threads)))
+    os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}]: "
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast needs rights that containers lack
+    own, several = "127.0.0.1", options.rdzv_backend == "static"
+    if several:
+        options.rdzv_conf = f"timeout={JOIN_SECONDS}"
+        at = options.master_addr, int(options.master_port)
+        if int(options.node_rank) == 0:
+            socket.create_server(at).close()  # is that address this host's, and its port free?
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(at)  # sends nothing: it only looks up the route
+            own = probe.getsockname()[0]
+    else:
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        os.environ["WORKBOOK_STORE"] = str(folder / "store")
+    # Gloo and NCCL would otherwise take the host name's address, which may be another network's.
+    interface = next(name for name, entries in psutil.net_if_addrs().items()
+                     if any(entry.address == own for entry in entries))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[name] = several and os.environ.get(name) or interface
+
+
+def _compare(store: dist.Store, rank: int, world: int, mine: dict[str, str]) -> None:
+    """Wait until all have come; raise WorkbookError where this worker differs from rank 0."""
+    store.set(f"facts/{rank}", json.dumps({"host": HOST, **mine}))
+    store.wait([f"facts/{other}" for other in range(world)])
+    theirs = json.loads(store.get("facts/0"))
+    if theirs["host"] == HOST:  # the same files; they may have been edited since
+        del mine["this project's helpers"]
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise WorkbookError(f"{HOST} has {name} {value} and {theirs['host']}, where rank 0 "
+                                f"runs, has {theirs.get(name)}: every host needs the same project "
+                                "and versions (pip install -c constraints.txt).")
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)  # torchrun ends its workers upon it
+
+
+def _end_with_launcher(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
