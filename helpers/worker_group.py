@@ -23,11 +23,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from helpers import ROOT, WorkbookError, write_json
 from helpers.workers import GROUP_SECONDS, JOIN_SECONDS
 
+# What an error says when a connection to another worker broke: the cause is there.
+LOST = r"Connection (closed|reset|refused)|Broken pipe|[Gg]loo|NCCL|Dist\w+Error|been heard of"
 HOST = os.environ.get("WORKBOOK_HOST") or socket.gethostname()
 
 
@@ -99,28 +101,42 @@ def main(argv: list[str]) -> int:
         torchrun.run(options)
         return 0
     except ChildFailedError as error:
-        failures = [_failure(rank, failure.message, failure.timestamp, failure.exitcode)
-                    for rank, failure in error.failures.items()]
+        failures = [_worker_failure(rank, failure) for rank, failure in error.failures.items()]
     except SignalException:  # whoever sent the signal knows why
         return 1
     except WorkbookError as error:
-        failures = [_failure(-1, str(error), time.time())]
+        failures = [_failure(str(error))]
     except Exception as error:
-        reason = f"{HOST} did not meet the other hosts at {at} ({str(error).splitlines()[0]})"
-        failures = [_failure(-1, f"{reason}: see whether all run, and can reach that address of "
-                                 "the first host and a free MASTER_PORT there", time.time())]
+        failures = [_failure(f"{HOST} did not meet the other hosts at {at} ("
+                             f"{str(error).splitlines()[0]}): see whether all run, and can reach "
+                             "that address of the first host and a free MASTER_PORT there")]
     write_json(folder / "failure.json", failures)
     print("\n".join(failure["message"] for failure in failures), file=sys.stderr)
     return 1
 
 
-def _failure(rank: int, said: str | dict, when: float, exitcode: int = 1) -> dict:
-    """said: what the worker left in its error file, a dict, or else torchrun's own words."""
-    reported = isinstance(said, dict)
-    return {"rank": rank, "host": HOST, "time": when,
-            "signal": signal.Signals(-exitcode).name if exitcode < 0 and not reported else "",
-            "message": said["message"] if reported else said,
-            "traceback": said["extraInfo"]["py_callstack"] if reported else ""}
+def _failure(message: str, after: int = 0) -> dict:
+    return {"message": message, "after": after, "time": time.time(), "traceback": ""}
+
+
+def _worker_failure(rank: int, failure: ProcessFailure) -> dict:
+    """Why a worker ended, in a sentence. after: 0 for a cause, more for what follows from one."""
+    who, said = f"The worker of rank {rank}", failure.message
+    who += f" on {HOST}" if HOST != "this host" else ""
+    if isinstance(said, dict):  # from the error file that the worker's main wrote, under @record
+        text = said["message"].removeprefix("WorkbookError: ").rstrip(".")
+        bug = not said["message"].startswith("WorkbookError: ")
+        return {"message": f"{who} failed: {text}", "after": int(bool(re.search(LOST, text))),
+                "time": failure.timestamp, "traceback": said["extraInfo"]["py_callstack"] * bug}
+    if failure.exitcode > 0:
+        return _failure(f"{who} failed: it ended with exit code {failure.exitcode}")
+    name = failure.signal_name()
+    # The launcher sends SIGTERM when another has failed, NCCL's watchdog aborts.
+    after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)
+    why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
+           "SIGABRT": f" (NCCL does so after {GROUP_SECONDS} s without another worker)"}
+    return _failure(f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
+                    "its last checkpoint", after)
 
 
 def _prepare_host(options, folder: Path) -> None:

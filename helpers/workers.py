@@ -2,7 +2,7 @@
 
 `plan` says what each host runs; `launch` runs it and waits. Each host runs one launcher: torchrun
 with its own options (helpers.worker_group), which starts one process a GPU, or processes that share
-the CPU's cores evenly. A worker that dies ends the group, and its own error is what the caller sees.
+the CPU's cores evenly. A worker that dies ends the group, and its own error reaches the caller.
 Nothing is restarted in place: resuming is a new launch, with a new name and port.
 """
 
@@ -31,7 +31,7 @@ KEPT = ("WORKBOOK_CACHE", "WORKBOOK_JOIN_SECONDS", "WORKBOOK_GROUP_SECONDS", "HF
         "HF_HUB_OFFLINE", "NCCL_DEBUG", "NCCL_NVLS_ENABLE", "TZ")  # settings that go to every host
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5",
        "-o", "ServerAliveCountMax=3", "--")
-END_WITH_STDIN = {"WORKBOOK_END_WITH_STDIN": "1"}  # which closes when the launcher's caller is killed
+END_WITH_STDIN = {"WORKBOOK_END_WITH_STDIN": "1"}  # it closes when a launcher's caller is killed
 CML_SIZE = {"cpu": 2, "memory": 16, "nvidia_gpu": 0}  # of one CML worker: cores, GiB, GPUs
 
 
@@ -53,7 +53,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """`workers` processes at `place`, which meet at rank 0's `address` and `port`. A fresh `name`."""
+    """`workers` processes at `place`, which meet at rank 0's `address` and `port`; a new `name`."""
 
     workers: int
     place: str
@@ -92,29 +92,28 @@ def plan(module: str, arguments: list[str], workers: int, log_dir: Path,
     the workers cannot be dealt out evenly.
     """
     place, hosts, options = read_place(workers_on)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    port = int(os.environ.get("MASTER_PORT") or 20_000 + secrets.randbelow(12_000))
     nodes, start = len(hosts) or 1, []
+    if workers % nodes:
+        raise WorkbookError(f"{workers} workers cannot be dealt out evenly to {nodes} hosts: ask "
+                            f"for a multiple of {nodes}.")
     if place == "cml":
         own = os.environ.get("CDSW_IP_ADDRESS") or socket.gethostbyname(socket.gethostname())
         nodes, hosts = workers, [own, *(f"CML worker {rank}" for rank in range(1, workers))]
-    elif place == "slurm":  # each task asks Slurm for its number and the first host
+    elif place == "slurm":  # one launch, of as many tasks as workers
         nodes, hosts = workers, ["Slurm"]
         tasks = {"ntasks": workers, "cpus-per-task": 1, "kill-on-bad-exit": 1,
                  "job-name": "lora-workbook", **options}
         start = ["srun", *(f"--{key}={value}" for key, value in tasks.items())]
-    if workers % nodes:
-        raise WorkbookError(f"{workers} workers cannot be dealt out evenly to {nodes} hosts: ask for "
-                            f"a multiple of {nodes}.")
-    address = hosts[0] if hosts else "127.0.0.1"
-    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PYTHONUNBUFFERED": "1",
-                   **{key: os.environ[key] for key in KEPT if key in os.environ},
-                   **(END_WITH_STDIN if place == "ssh" else {})}
-    launches = []
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    port = int(os.environ.get("MASTER_PORT") or 20_000 + secrets.randbelow(12_000))
+    address, each, launches = hosts[0] if hosts else "127.0.0.1", workers // nodes, []
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    shared = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    shared |= {key: os.environ[key] for key in KEPT if key in os.environ}
+    shared |= END_WITH_STDIN if place == "ssh" else {}
     for node, host in enumerate(hosts or ["this host"]):
-        number = "SLURM_PROCID" if place == "slurm" else str(node)
-        folder, each = Path(log_dir) / name / number, workers // nodes
+        number = "SLURM_PROCID" if start else str(node)  # each task puts its own there
+        folder = Path(log_dir) / name / number
         meet = [f"--nnodes={nodes}", f"--node-rank={number}", f"--master-addr={address}",
                 f"--master-port={port}"]
         if not place:  # a file and the loopback address: nothing listens to the network
@@ -122,28 +121,27 @@ def plan(module: str, arguments: list[str], workers: int, log_dir: Path,
                     f"--rdzv-endpoint={folder / 'rendezvous'}", "--local-addr=127.0.0.1"]
         command = [*start, sys.executable, "-m", "helpers.worker_group", *meet,
                    f"--nproc-per-node={each}", f"--rdzv-id={name}", "--max-restarts=0",
-                   f"--log-dir={folder}", "--redirects=3", "--tee=0:1", "-m", module,
-                   *map(str, arguments)]
-        named = {} if place == "slurm" else {"WORKBOOK_HOST": host}
-        launches.append(Launch(node * each, workers // len(hosts or [host]), host,
-                               environment | named, tuple(command)))
+                   f"--log-dir={folder}", "--redirects=3", "--tee=0:1", "-m", module]
+        environment = shared | ({} if start else {"WORKBOOK_HOST": host})
+        launches.append(Launch(node * each, workers if start else each, host, environment,
+                               (*command, *map(str, arguments))))
     return Plan(workers, place, options, name, address, port, tuple(launches))
 
 
 def launch(chosen: Plan, log_dir: Path) -> None:
     """Start the plan's workers, pass on what rank 0 prints, and wait for the end of all of them.
 
-    Every rank's output is kept below ``log_dir/<plan's name>``. Raises WorkbookError that says which
-    worker failed first and why; its traceback is printed if it was no WorkbookError. No process
+    Every rank's output is kept below ``log_dir/<plan's name>``. Raises WorkbookError that says
+    which worker failed first and why; a traceback is printed if it was no WorkbookError. No process
     outlives this call, nor the caller.
     """
     folder, running = Path(log_dir) / chosen.name, []
     folder.mkdir(parents=True, exist_ok=True)
     with _elsewhere(chosen):
         try:
-            for node, one in enumerate(chosen.launches):
-                if command := _command_here(chosen, node):
-                    running.append(_start(one, command, folder / f"host-{node}.log"))
+            for node in range(len(chosen.launches)):
+                if process := _start(chosen, node, folder / f"host-{node}.log"):
+                    running.append(process)
             failed = _wait(running, folder / "host-0.log")
         finally:  # also for Ctrl-C, and when the notebook's kernel is told to end
             for process in running:
@@ -157,9 +155,8 @@ def launch(chosen: Plan, log_dir: Path) -> None:
 def accelerate_configs(chosen: Plan, gpus: bool = False) -> list[str]:
     """The plan as accelerate's YAML files, one a launch, in the words of ``accelerate config``.
 
-    For GPUs, ``accelerate launch --config_file <file> -m …`` on each host does what the launch's own
-    command does. On CPUs accelerate 1.15 starts one process whatever such a file says, which
-    `group` notices.
+    On GPUs ``accelerate launch --config_file <file> -m …`` does what the launch's own command does.
+    On CPUs accelerate 1.15 starts one process whatever such a file says, which `group` notices.
     """
     kind = "NO" if chosen.workers == 1 else "MULTI_GPU" if gpus else "MULTI_CPU"
     config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind, "use_cpu": not gpus,
@@ -167,18 +164,9 @@ def accelerate_configs(chosen: Plan, gpus: bool = False) -> list[str]:
               "num_processes": chosen.workers, "num_machines": len(chosen.launches)}
     if len(chosen.launches) > 1:
         config |= {"main_process_ip": chosen.address, "main_process_port": chosen.port,
-                   "rdzv_backend": "static", "same_network": True}
-    return [yaml.safe_dump({**config, "machine_rank": node}) for node in range(len(chosen.launches))]
-
-
-def _command_here(chosen: Plan, node: int) -> list[str] | None:
-    """What this host executes for a launch: its command, ssh, or nothing if others start it."""
-    one = chosen.launches[node]
-    addresses = {e.address for entries in psutil.net_if_addrs().values() for e in entries}
-    here = one.host in {"localhost", socket.gethostname(), *addresses}
-    if chosen.place == "ssh" and not here:
-        return [*SSH, one.host, one.line()]
-    return list(one.command) if here or node == 0 else None
+                   "rdzv_backend": "static"}
+    nodes = range(len(chosen.launches))
+    return [yaml.safe_dump({**config, "machine_rank": node}) for node in nodes]
 
 
 @contextlib.contextmanager
@@ -215,12 +203,21 @@ def _elsewhere(chosen: Plan):
         workers_v1.stop_workers(*(worker["id"] for worker in started))
 
 
-def _start(one: Launch, command: list[str], log: Path) -> subprocess.Popen:
-    environment = {**os.environ, **one.environment, **END_WITH_STDIN}
+def _start(chosen: Plan, node: int, log: Path) -> subprocess.Popen | None:
+    """Execute a launch here, or by ssh; None if somebody else does."""
+    one = chosen.launches[node]
+    command = list(one.command)
+    addresses = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    here = one.host in {"localhost", socket.gethostname(), *addresses}
+    if chosen.place == "ssh" and not here:
+        command = [*SSH, one.host, one.line()]
+    elif node > 0 and not here:
+        return None
     try:
         with log.open("wb") as file:
             return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file,
-                                    stderr=subprocess.STDOUT, env=environment)
+                                    stderr=subprocess.STDOUT,
+                                    env=os.environ | one.environment | END_WITH_STDIN)
     except FileNotFoundError:
         raise WorkbookError(f"The command {command[0]} is not on this host: install it or choose "
                             "another place.") from None
@@ -259,34 +256,16 @@ def _end(process: subprocess.Popen) -> None:
             return
 
 
-def _in_order(failure: dict) -> tuple:
-    """The cause sorts before its consequences: a lost connection has its reason elsewhere."""
-    lost = r"Connection (closed|reset|refused)|Broken pipe|[Gg]loo|NCCL|Dist\w+Error|been heard of"
-    # SIGTERM came from torchrun, SIGABRT from NCCL's watchdog.
-    kind = {"SIGTERM": 2, "SIGABRT": 1}.get(failure["signal"], bool(re.search(lost, failure["message"])))
-    return kind, failure["time"], failure["rank"]
-
-
 def _explain(chosen: Plan, folder: Path, failed: int) -> str:
-    """The first failure in one sentence, from what the launchers left in failure.json."""
-    logs = f"(logs of all ranks: {folder.parent.name}/{folder.name})"
+    """The cause in one sentence, from what the launchers left in failure.json."""
     found = [entry for path in folder.glob("*/failure.json") for entry in read_json(path)]
-    if not found:  # a launcher was killed, or never began: its last words are all there is
+    if found:
+        first = min(found, key=lambda entry: (entry["after"], entry["time"]))
+        print(first["traceback"], end="", file=sys.stderr, flush=True)
+        message = first["message"]
+    else:  # a launcher was killed, or never began: its last words are all there is
         words = (folder / f"host-{failed}.log").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(words) if line.strip()), "none")
-        return (f"The workers on {chosen.launches[failed].host} ended without a report; the last "
-                f"words were: {last} {logs}.")
-    first = min(found, key=_in_order)
-    message, name = first["message"].removeprefix("WorkbookError: ").rstrip("."), first["signal"]
-    if first["rank"] < 0:  # the launcher's own
-        return f"{message} {logs}."
-    where = f" on {first['host']}" if first["host"] != "this host" else ""
-    who = f"The worker of rank {first['rank']}{where}"
-    if name:
-        why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
-               "SIGABRT": f" (NCCL ends a worker that waits {GROUP_SECONDS} s for another)"}
-        return (f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from its "
-                f"last checkpoint {logs}.")
-    if not first["message"].startswith("WorkbookError"):
-        print(first["traceback"], file=sys.stderr, flush=True)
-    return f"{who} failed: {message} {logs}."
+        message = (f"The workers on {chosen.launches[failed].host} ended without a report; the "
+                   f"last words were: {last}")
+    return f"{message} (logs of all ranks: {folder.parent.name}/{folder.name})."
