@@ -38,8 +38,8 @@ def group(asked: int, facts: dict[str, str] | None = None):
     """Be one of `asked` workers while the block runs: torch.distributed is initialised.
 
     facts: what must be the same on all workers, beside versions. Raises WorkbookError if another
-    number of workers started than was asked for, if this worker differs from rank 0, or if another
-    was waited for GROUP_SECONDS; on GPUs NCCL's watchdog then aborts this process.
+    number of workers started than was asked for, if this worker differs from rank 0, or after
+    GROUP_SECONDS of waiting for another worker (on GPUs NCCL's watchdog aborts the process then).
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world != asked:
@@ -54,7 +54,7 @@ def group(asked: int, facts: dict[str, str] | None = None):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    file = os.environ.get("WORKBOOK_STORE")  # on one host a file, as torch's store would listen
+    file = os.environ.get("WORKBOOK_STORE")  # torch's own store would listen to the network
     store = dist.FileStore(file, world) if file else next(dist.rendezvous("env://"))[0]
     store.set_timeout(timedelta(seconds=JOIN_SECONDS))
     _compare(store, rank, world, {**versions(), **(facts or {})})
@@ -69,8 +69,9 @@ def group(asked: int, facts: dict[str, str] | None = None):
             raise
         other = f"rank {1 - rank}" if world == 2 else "another rank"
         raise WorkbookError(f"nothing has been heard of {other} for {GROUP_SECONDS} s: its "
-                            "process, its host or the network is down; resume the run to go on "
-                            "from its last checkpoint.") from error
+                            "process, its host or the network is down, or slower than "
+                            "WORKBOOK_GROUP_SECONDS allows; resume the run to go on from its last "
+                            "checkpoint.") from error
     dist.destroy_process_group()
 
 
@@ -89,8 +90,8 @@ def main(argv: list[str]) -> int:
     """torchrun on one host. Why it failed is left in ``<log dir>/failure.json``."""
     if "--node-rank=SLURM_PROCID" in argv:
         first = subprocess.check_output(["scontrol", "show", "hostnames"], text=True).split()[0]
-        argv = [word.replace("SLURM_PROCID", os.environ["SLURM_PROCID"]) for word in argv]
-        argv[argv.index("--master-addr=Slurm")] = f"--master-addr={first}"
+        task = os.environ["SLURM_PROCID"]
+        argv = [w.replace("SLURM_PROCID", task).replace("SLURM_FIRST_HOST", first) for w in argv]
     if os.environ.get("WORKBOOK_END_WITH_STDIN"):
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     options = torchrun.parse_args(argv)
@@ -134,7 +135,7 @@ def _worker_failure(rank: int, failure: ProcessFailure) -> dict:
     # The launcher sends SIGTERM when another has failed, NCCL's watchdog aborts.
     after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)
     why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
-           "SIGABRT": f" (NCCL does so after {GROUP_SECONDS} s without another worker)"}
+           "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
     return _failure(f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
                     "its last checkpoint", after)
 
@@ -154,7 +155,7 @@ def _prepare_host(options, folder: Path) -> None:
     os.environ["OMP_NUM_THREADS"] = str(max(1, min(threads, int(given[0]) if given else threads)))
     os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}]: "
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast needs rights that containers lack
-    own, several = "127.0.0.1", options.rdzv_backend == "static"
+    own, several = "127.0.0.1", options.nnodes != "1"
     if several:
         options.rdzv_conf = f"timeout={JOIN_SECONDS}"
         at = options.master_addr, int(options.master_port)
@@ -163,14 +164,16 @@ def _prepare_host(options, folder: Path) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect(at)  # sends nothing: it only looks up the route
             own = probe.getsockname()[0]
-    else:
+    else:  # meet in files and on the loopback address: nothing listens to the network
+        options.rdzv_backend, options.rdzv_conf = "c10d", "store_type=file"
+        options.rdzv_endpoint, options.local_addr = str(folder / "rendezvous"), own
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ["WORKBOOK_STORE"] = str(folder / "store")
     # Gloo and NCCL would otherwise take the host name's address, which may be another network's.
     interface = next(name for name, entries in psutil.net_if_addrs().items()
                      if any(entry.address == own for entry in entries))
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[name] = several and os.environ.get(name) or interface
+        os.environ[name] = (several and os.environ.get(name)) or interface
 
 
 def _compare(store: dist.Store, rank: int, world: int, mine: dict[str, str]) -> None:

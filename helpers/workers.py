@@ -92,39 +92,35 @@ def plan(module: str, arguments: list[str], workers: int, log_dir: Path,
     the workers cannot be dealt out evenly.
     """
     place, hosts, options = read_place(workers_on)
-    nodes, start = len(hosts) or 1, []
-    if workers % nodes:
-        raise WorkbookError(f"{workers} workers cannot be dealt out evenly to {nodes} hosts: ask "
-                            f"for a multiple of {nodes}.")
+    hosts = hosts or ["this host"]
+    address, start = hosts[0] if place else "127.0.0.1", []
+    if workers % len(hosts):
+        raise WorkbookError(f"{workers} workers cannot be dealt out evenly to {len(hosts)} hosts: "
+                            f"ask for a multiple of {len(hosts)}.")
     if place == "cml":
-        own = os.environ.get("CDSW_IP_ADDRESS") or socket.gethostbyname(socket.gethostname())
-        nodes, hosts = workers, [own, *(f"CML worker {rank}" for rank in range(1, workers))]
+        address = os.environ.get("CDSW_IP_ADDRESS") or socket.gethostbyname(socket.gethostname())
+        hosts = [address, *(f"CML worker {rank}" for rank in range(1, workers))]
     elif place == "slurm":  # one launch, of as many tasks as workers
-        nodes, hosts = workers, ["Slurm"]
         tasks = {"ntasks": workers, "cpus-per-task": 1, "kill-on-bad-exit": 1,
                  "job-name": "lora-workbook", **options}
         start = ["srun", *(f"--{key}={value}" for key, value in tasks.items())]
+        address = "SLURM_FIRST_HOST"  # each task puts its own number and this address there
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     port = int(os.environ.get("MASTER_PORT") or 20_000 + secrets.randbelow(12_000))
-    address, each, launches = hosts[0] if hosts else "127.0.0.1", workers // nodes, []
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     shared = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     shared |= {key: os.environ[key] for key in KEPT if key in os.environ}
     shared |= END_WITH_STDIN if place == "ssh" else {}
-    for node, host in enumerate(hosts or ["this host"]):
-        number = "SLURM_PROCID" if start else str(node)  # each task puts its own there
-        folder = Path(log_dir) / name / number
-        meet = [f"--nnodes={nodes}", f"--node-rank={number}", f"--master-addr={address}",
-                f"--master-port={port}"]
-        if not place:  # a file and the loopback address: nothing listens to the network
-            meet = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file",
-                    f"--rdzv-endpoint={folder / 'rendezvous'}", "--local-addr=127.0.0.1"]
-        command = [*start, sys.executable, "-m", "helpers.worker_group", *meet,
-                   f"--nproc-per-node={each}", f"--rdzv-id={name}", "--max-restarts=0",
-                   f"--log-dir={folder}", "--redirects=3", "--tee=0:1", "-m", module]
+    nodes, each, launches = workers if start else len(hosts), workers // len(hosts), []
+    for node, host in enumerate(hosts):
+        number = "SLURM_PROCID" if start else str(node)
+        command = [*start, sys.executable, "-m", "helpers.worker_group", f"--nnodes={nodes}",
+                   f"--node-rank={number}", f"--master-addr={address}", f"--master-port={port}",
+                   f"--nproc-per-node={workers // nodes}", f"--rdzv-id={name}", "--max-restarts=0",
+                   f"--log-dir={Path(log_dir, name, number)}", "--redirects=3", "--tee=0:1",
+                   "-m", module, *map(str, arguments)]
         environment = shared | ({} if start else {"WORKBOOK_HOST": host})
-        launches.append(Launch(node * each, workers if start else each, host, environment,
-                               (*command, *map(str, arguments))))
+        launches.append(Launch(node * each, each, host, environment, tuple(command)))
     return Plan(workers, place, options, name, address, port, tuple(launches))
 
 
@@ -155,12 +151,12 @@ def launch(chosen: Plan, log_dir: Path) -> None:
 def accelerate_configs(chosen: Plan, gpus: bool = False) -> list[str]:
     """The plan as accelerate's YAML files, one a launch, in the words of ``accelerate config``.
 
-    On GPUs ``accelerate launch --config_file <file> -m …`` does what the launch's own command does.
+    On GPUs ``accelerate launch --config_file <file> -m …`` does what a launch's own command does.
     On CPUs accelerate 1.15 starts one process whatever such a file says, which `group` notices.
     """
     kind = "NO" if chosen.workers == 1 else "MULTI_GPU" if gpus else "MULTI_CPU"
-    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind, "use_cpu": not gpus,
-              "mixed_precision": "no",  # the trainer casts by itself
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind,
+              "use_cpu": not gpus, "mixed_precision": "no",  # the trainer casts by itself
               "num_processes": chosen.workers, "num_machines": len(chosen.launches)}
     if len(chosen.launches) > 1:
         config |= {"main_process_ip": chosen.address, "main_process_port": chosen.port,
@@ -193,9 +189,9 @@ def _elsewhere(chosen: Plan):
                                           timeout_seconds=JOIN_SECONDS)["failures"]
         came = len(started) - len(failed)
         if came < len(others):
-            raise WorkbookError(
-                f"CML started {came} of {len(others)} workers: the workspace may lack {size['cpu']} "
-                f"cores, {size['memory']} GiB or {size['nvidia_gpu']} GPUs for each.")
+            raise WorkbookError(f"CML started {came} of {len(others)} workers: the workspace may "
+                                f"lack {size['cpu']} cores, {size['memory']} GiB or "
+                                f"{size['nvidia_gpu']} GPUs for each.")
         yield
         # They have met rank 0 at the end of their work, and only have to exit.
         workers_v1.await_workers(started, wait_for_completion=True, timeout_seconds=60)
@@ -207,7 +203,7 @@ def _start(chosen: Plan, node: int, log: Path) -> subprocess.Popen | None:
     """Execute a launch here, or by ssh; None if somebody else does."""
     one = chosen.launches[node]
     command = list(one.command)
-    addresses = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    addresses = {a.address for found in psutil.net_if_addrs().values() for a in found}
     here = one.host in {"localhost", socket.gethostname(), *addresses}
     if chosen.place == "ssh" and not here:
         command = [*SSH, one.host, one.line()]
@@ -242,8 +238,7 @@ def _wait(running: list[subprocess.Popen], log: Path) -> int | None:
 def _pass_on(lines: BinaryIO) -> None:
     """Print what rank 0 has said since the last call; torchrun marks its lines."""
     while (line := lines.readline()).endswith(b"\n"):
-        _, mark, said = line.decode(errors="replace").partition("[rank 0]: ")
-        print(said, end="", flush=True)
+        print(line.decode(errors="replace").partition("[rank 0]: ")[2], end="", flush=True)
     lines.seek(-len(line), os.SEEK_CUR)  # half a line: the rest comes
 
 

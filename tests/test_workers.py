@@ -74,7 +74,8 @@ def test_a_plan_says_who_runs_what_where(tmp_path):
 @pytest.mark.parametrize(("workers_on", "said"), [
     ("shh:a,b", "workers_on is 'shh:a,b': use"), ("ssh:", "use .*ssh:host,host"), ("slurm:gpu", "workers_on is 'slurm:gpu'"),
     ("cml:cpu=many", "workers_on is 'cml:cpu=many'"),
-    ("ssh:-oProxyCommand=id,b", "no host begins with a dash"), ("ssh:a,b,c", "4 workers cannot be dealt out evenly to 3 hosts"), ("print:a,b,c,d,e", "to 5 hosts"),
+    ("ssh:-oProxyCommand=id,b", "no host begins with a dash"),
+    ("ssh:a,b,c", "4 workers cannot be dealt out evenly to 3 hosts"), ("print:a,b,c,d,e", "to 5 hosts"),
     ("cml", "no session of Cloudera's")])
 def test_a_place_that_cannot_be_is_named(tmp_path, workers_on, said):
     with pytest.raises(WorkbookError, match=said):
