@@ -1,10 +1,10 @@
 """The metrics under one name: scores with intervals, SQL on test databases, systems compared."""
 
-from helpers.comparing import (  # noqa: I001
-    CHAT, chat_answer, chat_prompts, check_parameters, compare, token_losses, verifiable)
+from helpers.comparing import (CHAT, chat_answer, chat_prompts, check_parameters, compare,
+                               token_losses, verifiable)
 from helpers.generation import generate
-from helpers.scoring import (Estimate, bootstrap, chrf, difference, evaluate, exact, rouge_l, score,
-                             summarise)
+from helpers.scoring import (Estimate, bootstrap, chrf, difference, evaluate, exact, rouge_l,
+                             score, summarise)
 from helpers.sql_scoring import fill_databases, normalise_sql, run_sql, sql_exact, sql_execution
 
 __all__ = ["CHAT", "Estimate", "bootstrap", "chat_answer", "chat_prompts", "check_parameters",

@@ -15,16 +15,8 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from helpers import (
-    METRICS,
-    WorkbookError,
-    base_models,
-    disk_errors,
-    read_json,
-    sha256,
-    write_json,
-    write_text,
-)
+from helpers import (METRICS, WorkbookError, base_models, disk_errors, read_json, sha256,
+                     write_json, write_text)
 from helpers.adapter_files import read_adapter
 from helpers.recipes import check_free
 from helpers.registry import resolve

@@ -21,16 +21,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from trl import SFTConfig
 
-from helpers import (
-    METRICS,
-    WorkbookError,
-    base_models,
-    data,
-    disk_errors,
-    read_json,
-    sha256,
-    write_json,
-)
+from helpers import (METRICS, WorkbookError, base_models, data, disk_errors, read_json, sha256,
+                     write_json)
 from helpers.fast import attention, packing, recorded
 from helpers.publishing import save_trained
 from helpers.recipes import FineTuneConfig
