@@ -17,12 +17,10 @@ from safetensors.torch import save_file
 
 from helpers import (METRICS, WorkbookError, base_models, disk_errors, read_json, sha256,
                      write_json, write_text)
-from helpers.adapter_files import read_adapter
+from helpers.adapter_files import CONFIG, WEIGHTS, read_adapter
 from helpers.recipes import check_free
 from helpers.registry import resolve
 from helpers.tasks import get_task
-
-CARD, WEIGHTS, CONFIG = "README.md", "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_adapter(model, base_model: str, folder: Path) -> None:
@@ -84,8 +82,8 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
 def write_record(folder: Path, record: dict) -> None:
     """metrics.json and the card made from it. A record that makes no card changes nothing."""
     card = model_card(record)
-    write_json(Path(folder) / METRICS, record)
-    write_text(Path(folder) / CARD, card)
+    write_json(folder / METRICS, record)
+    write_text(folder / "README.md", card)
 
 
 def update_card(folder: Path, **changes) -> dict:
@@ -94,12 +92,12 @@ def update_card(folder: Path, **changes) -> dict:
     Returns the new record. Raises WorkbookError when the folder has no metrics.json of this
     project, or the disk is full.
     """
-    path = Path(folder) / METRICS
-    if not path.is_file():
+    folder = Path(folder)
+    if not (folder / METRICS).is_file():
         raise WorkbookError(f"{folder} has no {METRICS}, so its card cannot be kept up: publish it "
                             "with notebook 04.")
-    record = {**read_json(path), **changes}
-    with disk_errors(Path(folder), "the card"):
+    record = {**read_json(folder / METRICS), **changes}
+    with disk_errors(folder, "the card"):
         write_record(folder, record)
     return record
 
@@ -136,9 +134,8 @@ def model_card(record: dict) -> str:
 
 def _facts(record: dict, base) -> list[list[str]]:
     config = record["config"]
-    packed = ""
-    if config.get("packing", "none") != "none":
-        packed = f" packed into rows of {config['max_length']} tokens"
+    whole = config.get("packing", "none") == "none"
+    packed = "" if whole else f" packed into rows of {config['max_length']} tokens"
     rows_a_step = config["batch_size"] * config["gradient_accumulation"] * record["workers"]
     command = [["command", f"`{record['command']}`"]] if record.get("command") else []
     return [
@@ -164,8 +161,8 @@ def _block(text: str) -> list[str]:
 
 def markdown_table(header: list, rows: list[list], numbers_from: int | None = None) -> list[str]:
     """Lines of a Markdown table; columns from `numbers_from` on are aligned to the right."""
-    right = len(header) if numbers_from is None else numbers_from
-    rule = ["---" if column < right else "---:" for column in range(len(header))]
+    left = len(header) if numbers_from is None else numbers_from
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
     first = "|".join(f" {cell} " if cell else " " for cell in header)
     return [f"|{first}|", *(f"| {' | '.join(map(str, cells))} |" for cells in (rule, *rows))]
 
@@ -181,8 +178,7 @@ def evaluation_table(evaluation: dict) -> list[str]:
     rows = []
     for who, metrics in systems.items():
         rows.append([who, *(_interval(metrics[name]) if name in metrics else "" for name in names)])
-    hardware = evaluation.get("hardware")
-    measured = f", measured on {hardware}" if hardware else ""
+    measured = f", measured on {evaluation['hardware']}" if evaluation.get("hardware") else ""
     return [f"On {evaluation['rows']:,} validation rows of {evaluation['source']}{measured}, "
             "greedy decoding; mean with 95% bootstrap interval.", "",
             *markdown_table(["", *names], rows, numbers_from=1)]

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from trl import SFTConfig
@@ -45,6 +46,10 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     """
     run_dir = Path(run_dir)
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not distributed.is_initialized():
+        raise WorkbookError(f"WORLD_SIZE is {world} in the environment, but this process is in no "
+                            "group of workers: unset RANK and WORLD_SIZE, or start the workers "
+                            "with --workers.")
     _open_run(config, run_dir, world, resume)
     check_fits(config, model)
     set_seed(config.seed)
@@ -53,7 +58,7 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     trainer = make_trainer(config, model, tokenizer, encoded, run_dir)
     checkpoint = last_checkpoint(run_dir / "checkpoints")
     if is_main():
-        _say_what_begins(config, rows, len(encoded), left_out, trainer, checkpoint)
+        _say_what_begins(config, rows, len(encoded), trainer, checkpoint)
     try:
         with disk_errors(run_dir, "a checkpoint"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -126,7 +131,7 @@ def load_inputs(config: FineTuneConfig):
 
 def is_main() -> bool:
     """Whether this process is rank 0, the one that prints and saves."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool) -> None:
@@ -154,11 +159,11 @@ def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool)
         write_json(known, settings)
 
 
-def _say_what_begins(config, rows, used: int, left_out: int, trainer, checkpoint) -> None:
+def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
     world = trainer.accelerator.num_processes
-    if left_out:
-        print(f"{left_out} of {len(rows.rows)} rows are longer than max_length={config.max_length} "
-              "tokens and left out.")
+    if used < len(rows.rows):
+        print(f"{len(rows.rows) - used} of {len(rows.rows)} rows are longer than max_length="
+              f"{config.max_length} tokens and left out.")
     print(f"Training on {used:,} rows of {rows.source}, {trainer.args.max_steps:,} steps of "
           f"{config.batch_size * config.gradient_accumulation * world} rows, {world} "
           f"worker{'s' * (world > 1)}, {base_models.hardware()}, weights {config.precision}, "
@@ -223,14 +228,9 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict],
         summed = torch.compile(summed_cross_entropy, dynamic=not packed)
         if bfloat16 and recorded.records_steps(config, world, model.config.model_type):
             kind = recorded.RecordedTrainer
-    trainer = kind(model=lora_model, args=_arguments(config, len(dataset), world, run_dir),
-                   train_dataset=dataset, processing_class=tokenizer, data_collator=collator,
-                   bfloat16=bfloat16, summed=summed)
-    if trainer.accelerator.num_processes != world:
-        raise WorkbookError(f"{world} workers were asked for and "
-                            f"{trainer.accelerator.num_processes} started: this is a fault of the "
-                            "launcher; start the job again.")
-    return trainer
+    return kind(model=lora_model, args=_arguments(config, len(dataset), world, run_dir),
+                train_dataset=dataset, processing_class=tokenizer, data_collator=collator,
+                bfloat16=bfloat16, summed=summed)
 
 
 def make_dataset(config: FineTuneConfig, encoded: list[dict]) -> Dataset:
