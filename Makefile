@@ -34,6 +34,7 @@ test: setup lint unit notebooks-test
 lint: setup
 	$(PY) -m ruff check helpers tests notebooks
 	$(PY) notebooks/exercises/make_exercises.py --check
+	$(PY) notebooks/practice/make_practice.py --check
 
 unit: setup browser
 	$(PY) -m pytest tests -q
@@ -64,14 +65,14 @@ app: setup
 
 # Pictures of the real panel, in a real browser, with the shipped adapters.
 images: setup browser
-	$(PY) tests/pictures.py
+	$(PY) tests/tools/pictures.py
 
 notebooks: setup exercises
 	@for notebook in $(LESSONS); do $(EXECUTE) $$notebook || exit 1; done
 
 # Runs every notebook (half an hour): what each needs, for notebooks/needs.json and README's table.
 needs: setup
-	$(PY) tests/needs.py $(ARGS)
+	$(PY) tests/tools/needs.py $(ARGS)
 
 lock: setup
 	@{ echo "# The exact versions that the tests ran with (Python 3.11, CPU). Made by: make lock"; \
@@ -81,15 +82,15 @@ lock: setup
 audit:
 	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
 	  $(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
-	@$(VENV)-audit/bin/python tests/audit.py
+	@$(VENV)-audit/bin/python tests/tools/audit.py
 
 # The newest releases that pyproject.toml allows, in an environment of their own: which library broke what.
 canary: setup
-	$(PY) tests/canary.py $(ARGS)
+	$(PY) tests/tools/canary.py $(ARGS)
 
 # Long runs: 1,000 swaps and generations; 50 kill-and-resume cycles.
 soak: setup
-	$(PY) tests/soak.py $(ARGS)
+	$(PY) tests/tools/soak.py $(ARGS)
 
 # Benchmarks, each interleaved in one run, on a machine that does nothing else; JSON goes to runs/.
 bench: setup

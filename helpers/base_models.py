@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from helpers import WorkbookError, disk_errors, read_json, sha256
 from helpers.embedded import MANIFEST, fetch_embedded
-from helpers.registry import (EMBEDDED, REGISTRY, BaseModel, cache_dir, custom_adapters_dir, resolve)
+from helpers.registry import EMBEDDED, REGISTRY, BaseModel, cache_dir, custom_adapters_dir, resolve
 
 __all__ = ["EMBEDDED", "REGISTRY", "best_device", "best_dtype", "cache_dir", "custom_adapters_dir",
            "fetch", "hardware", "load", "load_tokenizer", "lora_target_modules", "resolve",

@@ -1,4 +1,4 @@
-"""The tasks: what a row looks like, how it becomes a prompt, how its answers are generated and judged.
+"""The tasks: what a row looks like, how it becomes a prompt, how answers are made and judged.
 
 Adding a task of your own is one call::
 
@@ -7,30 +7,32 @@ Adding a task of your own is one call::
         name="titles", title="Headline writing", columns=("article",), target="headline",
         template="<Article>: {article}\\n<Headline>: ", max_new_tokens=32, metric="chrf"))
 
-after which ``data.load_rows("titles", "my_rows.jsonl")``, the fine-tuning notebook and the panel know it.
+after which ``data.load_rows("titles", "my_rows.jsonl")``, the fine-tuning notebook and the panel
+know it.
 """
 
 from __future__ import annotations
 
-import difflib
 import string
 from dataclasses import dataclass, field
 
-from helpers import WorkbookError
+from helpers import WorkbookError, closest
 
 
 @dataclass(frozen=True)
 class Task:
     """One task.
 
-    columns: the row's fields that the prompt shows, in order; target: the field that the model must write.
+    columns: the row's fields that the prompt shows, in order.
+    target: the field that the model must write.
     optional: columns that may be empty; the template's line that holds an empty one is left out.
-    hub_columns: this task's column name -> the hub dataset's column name.
+    hub_columns: this task's column name -> the hub dataset's, where they differ.
     stop: text at which generated answers are cut (None: only at the end-of-text token).
     metric: the metric that a result is summed up by; one of helpers.evaluation's.
     samples: rows without the target, used as ready-made prompts.
-    ask: what one would say to a chat model before the columns; used to judge the base model by its own chat template.
-    generation: how the panel generates, where it differs from greedy: fields of `adapters.Settings`.
+    ask: what one would say to a chat model before the columns; used to judge the base model by its
+        own chat template.
+    generation: how the panel generates, where that is not greedy: fields of `adapters.Settings`.
     """
 
     name: str
@@ -51,39 +53,43 @@ class Task:
 
     def __post_init__(self):
         try:
-            fields = [field for field in string.Formatter().parse(self.template) if field[1] is not None]
+            parsed = list(string.Formatter().parse(self.template))
         except ValueError as error:
-            raise WorkbookError(f"task {self.name!r}: the template cannot be read ({error}): write a brace that is meant as one "
-                                "twice.") from error
+            raise WorkbookError(f"task {self.name!r}: the template cannot be read ({error}): write "
+                                "a brace that is meant as one twice.") from error
+        fields = [part for part in parsed if part[1] is not None]
         named = [name for _, name, _, _ in fields]
-        plain = all(name.isidentifier() and not spec and not conversion for _, name, spec, conversion in fields)
+        plain = all(name.isidentifier() and not spec and not conversion
+                    for _, name, spec, conversion in fields)
         if tuple(named) != self.columns or not plain:
-            raise WorkbookError(f"task {self.name!r}: the template's fields {named} must be the columns "
-                                f"{list(self.columns)}, each once and in this order.")
+            raise WorkbookError(f"task {self.name!r}: the template's fields {named} must be the "
+                                f"columns {list(self.columns)}, each once and in this order.")
 
     def prompt(self, row: dict[str, str]) -> str:
-        """The text up to where the completion begins. Raises WorkbookError when the row lacks a column."""
+        """The text up to where the completion begins. Raises WorkbookError for a missing column."""
         lines = []
         for line in self.template.splitlines(keepends=True):
             names = [name for _, name, _, _ in string.Formatter().parse(line) if name]
-            for name in names:
-                if name not in row and name not in self.optional:
-                    raise WorkbookError(f"task {self.name!r} needs the column {name!r}, and the row has only "
-                                        f"{sorted(row)}.")
-            if names and all(name in self.optional and not row.get(name) for name in names):
-                continue
-            lines.append(line.format(**{name: row.get(name, "") for name in names}))
+            values = {name: self._value(row, name) for name in names}
+            left_out = names and not any(values.values()) and set(names) <= set(self.optional)
+            if not left_out:
+                lines.append(line.format(**values))
         return "".join(lines)
 
     def completion(self, row: dict[str, str]) -> str:
         """The text that the model must write after the prompt, without the end-of-text token."""
-        if self.target not in row:
-            raise WorkbookError(f"task {self.name!r} needs the column {self.target!r}, and the row has only {sorted(row)}.")
-        return row[self.target].strip()
+        return self._value(row, self.target).strip()
+
+    def _value(self, row: dict[str, str], name: str) -> str:
+        if name not in row and name not in self.optional:
+            raise WorkbookError(f"task {self.name!r} needs the column {name!r}, and the row has "
+                                f"only {sorted(row)}.")
+        return row.get(name, "")
 
     def chat(self, row: dict[str, str]) -> str:
         """The same request in plain words, for the user's turn of a chat template."""
-        return "\n\n".join(part for part in (self.ask, *(row.get(name, "") for name in self.columns)) if part)
+        parts = [self.ask, *(row.get(name, "") for name in self.columns)]
+        return "\n\n".join(part for part in parts if part)
 
     def answer(self, generated: str) -> str:
         """What counts as the model's answer: the text before `stop`, trimmed."""
@@ -104,10 +110,8 @@ def get_task(name: str) -> Task:
     """The task of that name. Raises WorkbookError with the closest known name."""
     if name in TASKS:
         return TASKS[name]
-    close = difflib.get_close_matches(str(name), TASKS, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    raise WorkbookError(f"task {name!r} is unknown{hint}: use one of {', '.join(TASKS)}, or add one with "
-                        "helpers.tasks.register.")
+    raise WorkbookError(f"task {name!r} is unknown: add it with helpers.tasks.register, or use a "
+                        f"known one; {closest(name, TASKS)}")
 
 
 register(Task(
@@ -118,7 +122,6 @@ register(Task(
     template="<Instruction>: {instruction}\n<Input>: {input}\n<Response>: ",
     optional=("input",),
     hub_dataset="teknium/GPTeacher-General-Instruct",
-    hub_columns={"instruction": "instruction", "input": "input", "response": "response"},
     hub_licence="MIT",
     max_new_tokens=128,
     stop=None,
@@ -126,11 +129,12 @@ register(Task(
     generation={"repetition_penalty": 1.1},  # small models loop when they write freely
     samples=(
         {"instruction": "Sort these words alphabetically.", "input": "pear, apple, mango, fig"},
-        {"instruction": "Write a short thank-you note to Maria for her help with moving.", "input": ""},
+        {"instruction": "Write a short thank-you note to Maria for her help with moving.",
+         "input": ""},
         {"instruction": "Name three things you can do to sleep better.", "input": ""},
         {"instruction": "Summarise the text in one sentence.",
-         "input": "The library opens at nine. On Sundays it stays closed, except in December, when it opens from noon "
-                  "to five so that students can prepare for their exams."},
+         "input": "The library opens at nine. On Sundays it stays closed, except in December, when "
+                  "it opens from noon to five so that students can prepare for their exams."},
     ),
 ))
 
@@ -141,17 +145,19 @@ register(Task(
     target="answer",
     template="<TABLE>: {context}\n<QUESTION>: {question}\n<SQL>: ",
     hub_dataset="philschmid/sql-create-context-copy",
-    hub_columns={"context": "context", "question": "question", "answer": "answer"},
     hub_licence="CC BY 4.0",
     max_new_tokens=96,
     metric="execution",
     ask="Write one SQLite query that answers the question. Write nothing but the query.",
     samples=(
-        {"context": "CREATE TABLE employees (name VARCHAR, department VARCHAR, salary INTEGER, city VARCHAR)",
+        {"context": "CREATE TABLE employees (name VARCHAR, department VARCHAR, salary INTEGER, "
+                    "city VARCHAR)",
          "question": "How many employees work in the Sales department?"},
-        {"context": "CREATE TABLE matches (venue VARCHAR, season INTEGER, home_team VARCHAR, attendance INTEGER)",
+        {"context": "CREATE TABLE matches (venue VARCHAR, season INTEGER, home_team VARCHAR, "
+                    "attendance INTEGER)",
          "question": "What is the highest attendance when the home team is Rovers?"},
-        {"context": "CREATE TABLE books (title VARCHAR, author VARCHAR, pages INTEGER, year INTEGER)",
+        {"context": "CREATE TABLE books (title VARCHAR, author VARCHAR, pages INTEGER, "
+                    "year INTEGER)",
          "question": "Which title has more than 300 pages and was written by Ann Lee?"},
     ),
 ))

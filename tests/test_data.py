@@ -39,6 +39,8 @@ def test_a_task_of_ones_own_works_from_a_file(tmp_path, monkeypatch):
     path = write(tmp_path / "t.jsonl", *({"article": f"text {i}", "headline": "h"} for i in range(60)))
     rows = data.load_rows("titles", path)
     assert get_task("titles").prompt(rows.rows[0]).startswith("<Article>: text")
+    with pytest.raises(WorkbookError, match="'titles' has no practice data"):
+        data.load_rows("titles", "practice")
     with pytest.raises(WorkbookError, match="template's fields"):
         Task(name="bad", title="", columns=("a", "b"), target="c", template="{b} {a}")
 
@@ -60,10 +62,11 @@ def test_bad_lines_are_named(tmp_path, lines, expected):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(WorkbookError, match="does not exist"):
-        data.load_rows("sql", str(tmp_path / "none.jsonl"))
+    for name in ("none.jsonl", "."):
+        with pytest.raises(WorkbookError, match="not an existing file"):
+            data.load_rows("sql", str(tmp_path / name))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(WorkbookError, match="is empty"):
+    with pytest.raises(WorkbookError, match="empty.jsonl has no train rows"):
         data.load_rows("sql", str(tmp_path / "empty.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"context": "caf\xe9"}')
     with pytest.raises(WorkbookError, match="not UTF-8"):
@@ -106,13 +109,50 @@ def test_fraction_and_count_choose_by_seed(tmp_path):
         data.load_rows("sql", path, fraction=0)
 
 
+def test_a_files_other_fields_stay(tmp_path):
+    """Notebook 05 judges rows by their `source`."""
+    path = write(tmp_path / "r.jsonl", {**ROW, "source": "mine", "level": 3, "split": "train"}, {**ROW, "split": "train"})
+    assert data.load_rows("sql", path).rows == [{**ROW, "source": "mine", "level": 3}, ROW]
+
+
+def test_practice_rows_are_chosen_like_any_other_files():
+    """Only that seed 0 takes the first rows: they are in random order already."""
+    every = data.load_rows("sql", "practice", "validation")
+    assert every.total == len(every.rows) == 500 and every.rows[0].keys() == ROW.keys()
+    assert data.load_rows("sql", "practice", "validation", fraction=0.1).rows == every.rows[:50]
+    assert data.load_rows("sql", "practice", "validation", n=9_999).rows == every.rows
+    path = str(data.PRACTICE / "sql.jsonl.gz")
+    assert data.load_rows("sql", path, "validation").rows == every.rows
+    other = data.load_rows("sql", "practice", "validation", n=50, seed=3).rows
+    assert other == data.load_rows("sql", path, "validation", n=50, seed=3).rows != every.rows[:50]
+
+
 def test_hub_columns_are_mapped_from_a_local_folder(tmp_path):
     rows = [{"en_toxic_comment": f"rude {i}", "en_neutral_comment": "kind"} for i in range(80)]
     write(tmp_path / "train.jsonl", *rows)
     loaded = data.load_rows("detox", f"hub:{tmp_path}")
     assert loaded.rows[0].keys() == {"toxic", "neutral"}
-    with pytest.raises(WorkbookError, match="has no column"):
+    with pytest.raises(WorkbookError, match="row 1 has no field 'context', which task 'sql' needs: it has 'en_neutral_comment'"):
         data.load_rows("sql", f"hub:{tmp_path}")
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"en_neutral_comment": None}, "row 80: the field 'neutral' is a NoneType: it must be text"),
+    ({"en_neutral_comment": " "}, "row 80: the field 'neutral' is empty"),
+    ({"split": "test"}, "row 80: split is 'test'")])
+def test_a_hub_row_is_checked_like_a_files(tmp_path, row, expected):
+    rows = [{"en_toxic_comment": f"rude {i}", "en_neutral_comment": "kind", "split": "validation"} for i in range(80)]
+    write(tmp_path / "train.jsonl", *rows[:-1], rows[-1] | row)
+    with pytest.raises(WorkbookError, match=expected):
+        data.load_rows("detox", f"hub:{tmp_path}")
+
+
+def test_a_hub_rows_own_split_counts(tmp_path):
+    rows = [{"en_toxic_comment": f"rude {i}", "en_neutral_comment": "kind", "split": "validation"} for i in range(80)]
+    write(tmp_path / "train.jsonl", *rows)
+    assert len(data.load_rows("detox", f"hub:{tmp_path}", "validation").rows) == 80
+    with pytest.raises(WorkbookError, match="has no train rows"):
+        data.load_rows("detox", f"hub:{tmp_path}")
 
 
 def test_prompt_tokens_are_the_same_in_training_and_in_use():

@@ -4,9 +4,9 @@ import sqlite3
 import time
 
 import pytest
+from make_practice import practice_rows
 
 from helpers import evaluation as ev
-from helpers.practice import practice_rows
 
 CONTEXT = "CREATE TABLE people (name VARCHAR, age INTEGER, city VARCHAR)"
 REFERENCE = "SELECT name FROM people WHERE age > 30 AND city = 'Rome'"

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import make_tiny
 from datasets import Dataset
+from make_practice import practice_rows
 
 from helpers import WorkbookError, base_models, data, fine_tuning, tasks
 from helpers.fast import recorded
-from helpers.practice import practice_rows
 
 
 def config(tiny, **changes):

@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from make_practice import practice_rows
 
 from helpers import WorkbookError, base_models, cards, evaluation, fine_tuning, judges, tasks
-from helpers.practice import practice_rows
 
 
 def test_the_classifier_tells_mild_insults_from_greetings():

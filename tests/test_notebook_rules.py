@@ -217,7 +217,7 @@ def test_the_command_names_the_fault_and_fails(tmp_path):
     notebook = json.loads((tmp_path / "04_fine_tune.ipynb").read_text())
     next(c for c in notebook["cells"] if c["cell_type"] == "code")["execution_count"] = None
     (tmp_path / "04_fine_tune.ipynb").write_text(json.dumps(notebook))
-    command = [sys.executable, str(ROOT / "tests" / "notebook_rules.py")]
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "notebook_rules.py")]
     result = subprocess.run([*command, str(tmp_path / "04_fine_tune.ipynb")], capture_output=True, text=True)
     assert result.returncode == 1 and "executed: the cell" in result.stdout, result.stderr
 

@@ -1,20 +1,22 @@
-"""Practice rows: deterministic, without duplicates or leaks, and SQL that runs."""
+"""Practice rows: what the files hold, deterministic, without duplicates or leaks, and SQL that runs."""
 
 import re
 import sqlite3
+from pathlib import Path
 from statistics import median
 
+import make_practice as practice
 import pytest
 import sqlglot
+from make_practice import practice_rows
 
-from helpers import WorkbookError, practice
-from helpers.practice import practice_rows
+from helpers import WorkbookError, data
 
 TASKS = ["sql", "detox", "instruct"]
 COLUMNS = {"sql": ("context", "question", "answer"), "detox": ("toxic", "neutral"),
            "instruct": ("instruction", "input", "response")}
 SIZES = {"train": 5000, "validation": 500}
-ROWS = {(task, split): practice_rows(task, split, n) for task in TASKS for split, n in SIZES.items()}
+ROWS = {(task, split): data.load_rows(task, "practice", split).rows for task in TASKS for split in SIZES}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -34,17 +36,29 @@ def test_rows_have_their_columns_and_no_duplicates(task, split):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("split", SIZES)
 def test_same_seed_same_rows_and_fewer_rows_are_a_prefix(task, split):
-    assert practice_rows(task, split, 300) == ROWS[task, split][:300]
-    assert practice_rows(task, split, 0) == []
-    other = practice_rows(task, split, 300, seed=1)
-    assert other == practice_rows(task, split, 300, seed=1) and other != ROWS[task, split][:300]
+    for load in (practice_rows, lambda task, split, n, seed=0: data.load_rows(task, "practice", split, n, seed=seed).rows):
+        assert load(task, split, 300) == ROWS[task, split][:300]
+        other = load(task, split, 300, seed=1)
+        assert other == load(task, split, 300, seed=1) and other != ROWS[task, split][:300]
 
 
-def test_every_row_that_is_promised_can_be_made():
-    for task in TASKS:
-        rows = practice_rows(task, "validation", practice.MAX_ROWS["validation"], seed=7)
-        assert len({tuple(row.values()) for row in rows}) == practice.MAX_ROWS["validation"]
-    assert len(practice_rows("sql", "train", practice.MAX_ROWS["train"])) == practice.MAX_ROWS["train"]
+def test_the_files_hold_what_the_script_makes(capsys, monkeypatch, tmp_path):
+    assert practice.main(["--check"]) == 0
+    monkeypatch.setattr(practice, "FOLDER", tmp_path)
+    monkeypatch.setattr(practice, "COUNTS", {"train": 20, "validation": 5})
+    assert practice.main(["--check"]) == 1 and "sql.jsonl.gz does not hold" in capsys.readouterr().out
+    assert practice.main([]) == 0
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(first) == {f"{task}.jsonl.gz" for task in TASKS}
+    assert practice.main(["--check"]) == 0 and practice.main([]) == 0
+    assert first == {path.name: path.read_bytes() for path in tmp_path.iterdir()}, "the same rows, the same bytes"
+    monkeypatch.setattr(practice, "COUNTS", {"train": 19, "validation": 5})
+    assert practice.main(["--check"]) == 1
+
+
+def test_the_files_are_small():
+    sizes = [path.stat().st_size for path in Path(practice.__file__).parent.glob("*.jsonl.gz")]
+    assert len(sizes) == len(TASKS) and max(sizes) < 500_000
 
 
 def columns_of(context: str) -> dict[str, set[str]]:
@@ -169,17 +183,16 @@ def test_articles_agree_and_no_word_is_doubled():
 
 
 @pytest.mark.parametrize("call, words", [
-    (("poem", "train", 1), "'poem'.*sql, detox, instruct"),
-    (("sql", "test", 1), "'test'.*train or validation"),
-    (("sql", "train", 10**9), "1000000000.*20,000"),
-    (("detox", "validation", -1), "-1.*2,000"),
+    (("poem", "practice", "train", 1), "'poem'.*instruct, sql, detox"),
+    (("sql", "practice", "test", 1), "'test'.*train or validation"),
+    (("detox", "practice", "validation", -1), "-1.*at least 1"),
 ])
 def test_bad_calls_say_what_is_wrong(call, words):
     with pytest.raises(WorkbookError, match=words):
-        practice_rows(*call)
+        data.load_rows(*call)
 
 
 def test_a_generator_that_runs_dry_says_how_many_there_are(monkeypatch):
     monkeypatch.setitem(practice.ROW_MAKERS, "sql", lambda rng, held_out: {"answer": rng.choice("abc")})
-    with pytest.raises(WorkbookError, match="at most 3"):
+    with pytest.raises(ValueError, match="at most 3"):
         practice_rows("sql", "train", 50)

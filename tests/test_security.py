@@ -19,8 +19,8 @@ import pytest
 from helpers import WorkbookError, base_models, fine_tuning
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(path for pattern in ("helpers/**/*.py", "notebooks/**/*.py", "notebooks/**/*.ipynb") for path in ROOT.glob(pattern)
-                 if ".ipynb_checkpoints" not in path.parts)
+SOURCES = sorted(path for pattern in ("helpers/**/*.py", "notebooks/**/*.py", "notebooks/**/*.ipynb")
+                 for path in ROOT.glob(pattern) if ".ipynb_checkpoints" not in path.parts)
 PICKLERS = ("pickle", "dill", "cloudpickle", "joblib", "shelve")
 
 # ---- sources

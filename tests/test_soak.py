@@ -31,8 +31,8 @@ def test_a_leak_is_noticed(tiny):
     """In a process of its own: beside the memory of a whole test session 3 MB a turn would be below the 5% that are allowed."""
     code = ("import sys; sys.path[:0] = sys.argv[2:]; import soak; leaked = []\n"
             "soak.swaps(30, sys.argv[1], after=lambda: leaked.append(bytearray(b'x') * 3_000_000))")
-    tests = Path(__file__).resolve().parent
-    run = subprocess.run([sys.executable, "-c", code, str(tiny), str(tests), str(tests.parent)], capture_output=True, text=True)
+    tools = Path(soak.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code, str(tiny), str(tools)], capture_output=True, text=True)
     assert run.returncode != 0 and "memory grew by" in run.stderr, run.stderr[-2000:]
 
 

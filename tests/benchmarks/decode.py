@@ -21,8 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import adapters, base_models, cards, evaluation, tasks  # noqa: E402
-from helpers.practice import practice_rows  # noqa: E402
+from helpers import adapters, base_models, cards, data, evaluation, tasks  # noqa: E402
 
 
 def ways(bank: adapters.AdapterBank, prompts: list[str], batch_size: int, tokens: int) -> dict:
@@ -73,7 +72,7 @@ def main() -> None:
     result = {"hardware": base_models.hardware(), "torch": torch.__version__, "tokens": arguments.tokens,
               "command": "python tests/benchmarks/decode.py", "batches": {}}
     for batch_size in arguments.batches:
-        prompts = [task.prompt(row) for row in practice_rows("sql", "validation", batch_size)]
+        prompts = [task.prompt(row) for row in data.load_rows("sql", "practice", "validation", batch_size).rows]
         calls, speeds = ways(bank, prompts, batch_size, arguments.tokens), {}
         for repeat in range(arguments.repeats + 1):  # the first warms up and does not count
             for name, call in calls.items():

@@ -28,10 +28,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "practice")]
+
+from make_practice import practice_rows  # noqa: E402
 
 from helpers import base_models, cards, data, fine_tuning, tasks  # noqa: E402
-from helpers.practice import practice_rows  # noqa: E402
 
 SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 18, "warm_up": 6},
           "bloom": {"rows": 4, "steps": 24, "warm_up": 8}, "trio": {"rows": 4}}

@@ -1,4 +1,4 @@
-"""Write README's tables of measured runs from the runs themselves: python tests/measured.py runs/<job id> …
+"""Write README's tables of measured runs from the runs themselves: python tests/tools/measured.py runs/<job id> …
 
 The table of shipped adapters comes from their metrics.json, that of speed from tests/benchmarks/*.json: both are written every
 time.
@@ -33,7 +33,7 @@ def shipped() -> list[str]:
                          f"{evaluation['source']} | {' | '.join(cells)} |")
     return [*table, "", f"Trained with `preset=full_data`: {'; '.join(trained)}. Made by `python -m helpers.jobs evaluate "
             "adapters/prebuilt/<name> -p data=… -p update_card=True` (the rows without the base: `-p adapter_only=True`) and "
-            "`python tests/measured.py`."]
+            "`python tests/tools/measured.py`."]
 
 
 def speed() -> list[str]:
@@ -48,11 +48,12 @@ def speed() -> list[str]:
             table.append(f"| {found['arguments']['suite']}, {found['hardware']} | {way} | {one['median']:,.0f} "
                          f"[{min(speeds):,.0f}, {max(speeds):,.0f}]{share} | x{one['ratio']:.2f} | {len(speeds)} |")
     unsloth = files["packed"]["variants"]["Unsloth"]["runs"][0]["versions"]
-    return [*table, "", "Made by `python tests/benchmarks/training.py --suite …` and `python tests/measured.py`: *rows* trains "
-            "short rows of the SQL task on the embedded base model, *packed* 32 rows of 1,024 tokens a step on the same, *bloom* "
-            "4 such rows on a model of bloom-1b1's shape. A ratio is to the first line of its benchmark. *packed* and *bloom* "
-            "ran side by side on two GPUs of one host, which may have slowed the lines that wait for Python (TRL's). Unsloth is "
-            f"release {unsloth['unsloth']} with torch {unsloth['torch']}, without xformers, its activation checkpointing off."]
+    return [*table, "", "Made by `python tests/benchmarks/training.py --suite …` and `python tests/tools/measured.py`: *rows* "
+            "trains short rows of the SQL task on the embedded base model, *packed* 32 rows of 1,024 tokens a step on the "
+            "same, *bloom* 4 such rows on a model of bloom-1b1's shape. A ratio is to the first line of its benchmark. "
+            "*packed* and *bloom* ran side by side on two GPUs of one host, which may have slowed the lines that wait for "
+            f"Python (TRL's). Unsloth is release {unsloth['unsloth']} with torch {unsloth['torch']}, without xformers, its "
+            "activation checkpointing off."]
 
 
 def row(folder: Path) -> tuple[str, int]:
@@ -78,7 +79,7 @@ def main(folders: list[str]) -> None:
             f"Measured on validation rows ({counts} per task), with 95% bootstrap intervals:", "",
             "| job | training data | hardware | minutes in all | of these training | base | adapter |",
             "| --- | --- | --- | ---: | ---: | --- | --- |", *(line for line, _ in rows), "",
-            "Made by `python -m helpers.jobs run …` and `python tests/measured.py runs/<job id> …`."]))
+            "Made by `python -m helpers.jobs run …` and `python tests/tools/measured.py runs/<job id> …`."]))
     readme.put("shipped", "\n".join(shipped()))
     readme.put("speed", "\n".join(speed()))
 

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import cards  # noqa: E402
+from helpers import write_text  # noqa: E402
 
 README = ROOT / "README.md"
 
@@ -20,4 +20,4 @@ def put(name: str, table: str, readme: Path = README) -> None:
     """Put a table between its markers, and leave the rest as it is."""
     begin, end = markers(name)
     before, rest = readme.read_text(encoding="utf-8").split(begin)
-    cards.write_text(readme, f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}")
+    write_text(readme, f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}")

@@ -1,6 +1,6 @@
 """The pictures of the panel: the real panel, driven in a real browser, on the shipped adapters.
 
-    python tests/pictures.py          writes images/app-screen.png and images/adapter-swap.gif
+    python tests/tools/pictures.py   writes images/app-screen.png and images/adapter-swap.gif
 
 Serves the panel as `make app` does, chooses the SQL task, lets base model and adapter answer, then swaps.
 """
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 

@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from canary import pins, plain
+
 CONTROL = "pyyaml==5.3"  # CVE-2020-1747, mended in 5.3.1
 # A vulnerability that does not concern the workbook may be listed here with its reason, until a release mends it.
 IGNORED: dict[str, str] = {}
@@ -38,11 +39,11 @@ def pip_audit(requirements: str) -> list[dict]:
 
 
 def audit(ask=pip_audit) -> int:
-    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and not line.startswith("#")]
+    pinned = pins()
     try:
         if not any(dependency.get("vulns") for dependency in ask(CONTROL + "\n")):
             raise OSError(f"it knows nothing of {CONTROL}, which is vulnerable")
-        answers = ask("\n".join(pins) + "\n")
+        answers = ask("".join(f"{name}=={version}\n" for name, version in pinned.items()))
     except OSError as error:
         print(f"NOT AUDITED: the vulnerability database cannot be asked from here ({error}). Run `make audit` where the "
               "network reaches it; CI does.")
@@ -52,14 +53,13 @@ def audit(ask=pip_audit) -> int:
     for dependency, vuln in found:
         print(f"{dependency['name']} {dependency['version']}: {vuln['id']} {' '.join(vuln.get('aliases', []))}, mended in "
               f"{', '.join(vuln.get('fix_versions', [])) or 'no release yet'}")
-    asked = {line.split("==")[0].lower().replace("_", "-") for line in pins}
-    unanswered = asked - {d["name"].lower().replace("_", "-") for d in answers if "skip_reason" not in d}
+    unanswered = set(pinned) - {plain(d["name"]) for d in answers if "skip_reason" not in d}
     if found:
         return 1
     if unanswered:
-        print(f"NOT AUDITED: {len(unanswered)} of {len(asked)} packages could not be looked up: {', '.join(sorted(unanswered))}")
+        print(f"NOT AUDITED: {len(unanswered)} of {len(pinned)} packages could not be looked up: {', '.join(sorted(unanswered))}")
         return 3
-    print(f"{len(asked)} packages looked up: nothing is known against them.")
+    print(f"{len(pinned)} packages looked up: nothing is known against them.")
     return 0
 
 

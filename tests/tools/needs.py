@@ -1,8 +1,8 @@
 """What each notebook needs, measured: seconds and peak memory, written to notebooks/needs.json and into README's table.
 
-    python tests/needs.py                 run every notebook
-    python tests/needs.py 01 03           run these
-    python tests/needs.py --table         run nothing; write README's table again
+    python tests/tools/needs.py           run every notebook
+    python tests/tools/needs.py 01 03     run these
+    python tests/tools/needs.py --table   run nothing; write README's table again
 
 Every notebook runs headless, from a clean kernel, in a copy of the project, so that nothing in this folder changes. Run
 it on a machine that does nothing else: `busy` is the share of all cores, in percent, that other programs took just
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import readme
 
-from helpers import cards
+from helpers import write_text
 
 ROOT = readme.ROOT
 NEEDS, README = ROOT / "notebooks" / "needs.json", readme.README
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"failed: {str(error).strip().splitlines()[-1]}")
             continue
         known = json.loads(NEEDS.read_text()) if NEEDS.exists() else {}
-        cards.write_text(NEEDS, json.dumps(known | {path.stem: found}, indent=1, sort_keys=True) + "\n")
+        write_text(NEEDS, json.dumps(known | {path.stem: found}, indent=1, sort_keys=True) + "\n")
         print(f"{found['seconds']:.0f} s, {found['peak_bytes'] / 1e9:.1f} GB (other programs took {found['busy']}%)")
     write_readme()
     return 1 if failed else 0

@@ -1,7 +1,7 @@
 """Long runs, as commands: `make soak`, or one of
 
-    python tests/soak.py swaps --count 1000 [--base smollm2-135m-instruct]
-    python tests/soak.py kills --count 50
+    python tests/tools/soak.py swaps --count 1000 [--base smollm2-135m-instruct]
+    python tests/tools/soak.py kills --count 50
 
 swaps: random swaps, answers and mixed batches on one AdapterBank, while a second thread keeps refreshing it and an adapter
 comes, changes and goes. Every answer must be the one that PEFT alone gives for that adapter; at the end the logits must be
@@ -28,10 +28,10 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import WorkbookError, base_models, fine_tuning  # noqa: E402
+from helpers import WorkbookError, base_models, fine_tuning, sha256  # noqa: E402
 
 PRELOADED = {"torch": ("nn",), "trl": ("SFTConfig", "SFTTrainer"), "peft": ("LoraConfig", "get_peft_model"),
              "datasets": ("Dataset",), "bitsandbytes": ("nn",), "sqlglot": ("parse",),
@@ -230,7 +230,7 @@ def kills(count: int, base_name: str, seed: int = 0, between=lambda run_dir: Non
         logs = [json.loads((run / "trained" / "result.json").read_text())["loss_log"] for run in (whole, killed)]
         if logs[0] != logs[1]:
             raise Wrong(f"the loss took another path: {[pair for pair in zip(*logs, strict=False) if pair[0] != pair[1]][:1]}")
-        names = [base_models.sha256(run / "trained" / "adapter_model.safetensors") for run in (whole, killed)]
+        names = [sha256(run / "trained" / "adapter_model.safetensors") for run in (whole, killed)]
         if names[0] != names[1]:
             raise Wrong("the adapter's file differs from that of the run that nobody killed")
         left = [path.name for path in killed.iterdir() if path.name not in ("config.json", "checkpoints", "trained")]

@@ -1,7 +1,7 @@
 """What a committed notebook must be: executed, comparable by nbval, readable by everybody, and naming nobody's machine.
 
-    python tests/notebook_rules.py            check every committed notebook and page; exit 1 naming each fault
-    python tests/notebook_rules.py FILE …     check these
+    python tests/tools/notebook_rules.py          check every committed notebook and page; exit 1 naming each fault
+    python tests/tools/notebook_rules.py FILE …   check these
 
 A rule is a function of a `Page` that yields one sentence per fault. `RULES` says for which kinds of pages it holds:
 lessons and solutions are executed and committed with their outputs, exercises are generated and hold none, and the
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 LIMIT = 400_000  # bytes; beyond that code hosts stop rendering a notebook
 # Folders at the root of a file system. A path below one of them is somebody's machine, in a source as in an output.
 MACHINE = (r"(?<![\w.~$}*-])/(?:home|root|Users|tmp|var|opt|mnt|private|work\w*|usr|srv|data|content|scratch|builds)/[\w.~-]"

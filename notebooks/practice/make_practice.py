@@ -1,32 +1,52 @@
-"""Practice rows for the three tasks, generated offline: the same seed always gives the same rows.
+"""Make the practice rows of the three tasks from the word lists below: sql, detox and instruct.jsonl.gz, beside this file.
+
+    python notebooks/practice/make_practice.py           write them
+    python notebooks/practice/make_practice.py --check   write nothing; exit 1 naming the files that hold other rows
 
 What is held out for validation is fixed by the word lists below and not by the seed, so no two seeds can leak:
 ``sql`` holds out whole tables with their columns (lines marked ``*``), ``detox`` holds out topics and some sentence
 frames (marked ``*``), ``instruct`` holds out every fifth item of every word list (see :func:`_part`).
-Each row is a dict of strings with the columns of its task in :mod:`helpers.tasks`.
+Each row is a dict of strings with the columns of its task in :mod:`helpers.tasks`, and in the files with its split.
 """
 
+import argparse
+import gzip
 import json
 import random
 import re
+import sys
+from pathlib import Path
 
-from helpers import WorkbookError
+FOLDER = Path(__file__).resolve().parent
+COUNTS = {"train": 5_000, "validation": 500}  # rows of a file
 
-MAX_ROWS = {"train": 20_000, "validation": 2_000}
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 naming the files that hold other rows")
+    check, stale = parser.parse_args(arguments).check, 0
+    for task in ROW_MAKERS:
+        path, text = FOLDER / f"{task}.jsonl.gz", file_text(task)
+        if not check:
+            path.write_bytes(gzip.compress(text.encode(), mtime=0))  # without the time: the same rows, the same bytes
+        elif not path.exists() or gzip.decompress(path.read_bytes()).decode() != text:
+            print(f"{path.name} does not hold the rows that this script makes: run it without --check.")
+            stale += 1
+    return 1 if stale else 0
+
+
+def file_text(task_name: str) -> str:
+    """The lines of one task's file: the training rows of seed 0, then its validation rows."""
+    rows = [row | {"split": split} for split, n in COUNTS.items() for row in practice_rows(task_name, split, n)]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def practice_rows(task_name: str, split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
-    """Return `n` different practice rows of one task; fewer rows of the same seed are a prefix of more rows.
+    """Make `n` different practice rows of one task; fewer rows of the same seed are a prefix of more rows.
 
     Columns: ``sql`` context, question, answer; ``detox`` toxic, neutral; ``instruct`` instruction, input, response.
-    Raises WorkbookError for an unknown task or split, and for an `n` below 0 or above ``MAX_ROWS[split]``.
+    Raises ValueError when the word lists do not hold as many different rows.
     """
-    if task_name not in ROW_MAKERS:
-        raise WorkbookError(f"There are no practice rows for {task_name!r}: choose one of {', '.join(ROW_MAKERS)}.")
-    if split not in MAX_ROWS:
-        raise WorkbookError(f"Practice rows have no split {split!r}: choose {' or '.join(MAX_ROWS)}.")
-    if not 0 <= n <= MAX_ROWS[split]:
-        raise WorkbookError(f"Cannot make {n} {split} practice rows of {task_name!r}: choose 0 to {MAX_ROWS[split]:,}.")
     rng = random.Random(f"{task_name}/{split}/{seed}")
     make_row, rows = ROW_MAKERS[task_name], {}  # keyed by the values, in order of making: drops duplicates
     for _ in range(20 * n):
@@ -35,7 +55,7 @@ def practice_rows(task_name: str, split: str, n: int, seed: int = 0) -> list[dic
         row = make_row(rng, split == "validation")
         rows.setdefault(tuple(row.values()), row)
     if len(rows) < n:
-        raise WorkbookError(f"Cannot make {n} {split} practice rows of {task_name!r}: ask for at most {len(rows)}.")
+        raise ValueError(f"Cannot make {n} {split} practice rows of {task_name!r}: ask for at most {len(rows)}.")
     return list(rows.values())
 
 
@@ -669,3 +689,7 @@ def _instruct_row(rng, held_out: bool) -> dict[str, str]:
 
 
 ROW_MAKERS = {"sql": _sql_row, "detox": _detox_row, "instruct": _instruct_row}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
