@@ -53,7 +53,7 @@ def test_training_gives_the_base_model_back(tiny, tmp_path, precision):
     """The notebook goes on with the model that it loaded: same logits, no LoRA left, one base model in memory."""
     chosen = config(tiny, precision=precision, max_steps=2, compile=precision == "full")
     rows, model, tokenizer = training.load_inputs(chosen)
-    ids = tokenizer("SELECT name FROM people", return_tensors="pt")["input_ids"]
+    ids = tokenizer("SELECT name FROM people", return_tensors="pt")["input_ids"].to(model.device)
     with torch.inference_mode():
         before = model(ids).logits
     training.train(chosen, rows, model, tokenizer, tmp_path / "run")
@@ -295,7 +295,7 @@ def test_a_run_learns_is_repeatable_and_its_adapter_is_what_was_trained(tiny, tm
     model, tokenizer = base_models.load(chosen.base_model, chosen.precision)
     trained = PeftModel.from_pretrained(model, tmp_path / "first" / "trained").eval()
     encoded, _ = data.encode_rows(tokenizer, tasks.TASKS["sql"], practice_rows("sql", "train", 64), 512)
-    batch = data.Collator(tokenizer.pad_token_id)(encoded)
+    batch = {name: tensor.to(model.device) for name, tensor in data.Collator(tokenizer.pad_token_id)(encoded).items()}
     with torch.inference_mode():
         with_adapter = trainer.completion_loss(trained, batch).item()
         with trained.disable_adapter():
