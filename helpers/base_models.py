@@ -39,7 +39,7 @@ def fetch(name: str = EMBEDDED, quiet: bool = False) -> Path:
     safetensors, and when the disk is full.
     """
     base = resolve(name)
-    if base.name == EMBEDDED:
+    if base.name == EMBEDDED and not base.folder:  # a folder may have that name
         return fetch_embedded(quiet)
     folder = base.folder or _fetch_from_hub(base)
     _check_weights(folder)

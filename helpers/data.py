@@ -25,7 +25,7 @@ VALIDATION_SHARE = 20  # one group in 20 is validation when the source names no 
 @dataclass(frozen=True)
 class Rows:
     """Rows of one split: dicts with the task's columns, its target and a file's other fields.
-    total: rows of the split before `n` and `fraction`. source, licence: what a card says of them."""
+    total: rows of the split before `n` and `fraction`. source, licence: for the model card."""
 
     rows: list[dict[str, str]] = field(repr=False)
     source: str
@@ -62,7 +62,7 @@ def load_rows(task_name: str, source: str = "practice", split: str = "train", n:
     rows = _in_split(task, rows, split)
     if not rows:
         raise WorkbookError(f"{described} has no {split} rows for task {task_name!r}: add rows, or "
-                            "give them a 'split' field of 'train' or 'validation'.")
+                            f"give some a 'split' field of {split!r}.")
     total = len(rows)
     keep = min(n or total, max(1, round(total * fraction)), total)
     if keep < total and (source, seed) != ("practice", 0):
@@ -94,8 +94,8 @@ def _file_rows(task: Task, path: Path) -> list[dict]:
                 rows.append(_checked(task, _parsed(line, where), where))
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         wrong = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "a complete gzip file"
-        raise WorkbookError(f"{path.name} is not {wrong} (after line {len(rows)}: {error}): save or "
-                            "copy it again.") from error
+        raise WorkbookError(f"{path.name} is not {wrong} (after line {len(rows)}: {error}): save "
+                            "or copy it again.") from error
     return rows
 
 
@@ -118,8 +118,7 @@ def _hub_rows(task: Task, source: str) -> tuple[list[dict], str, str]:
     except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WorkbookError(f"The hub dataset {name} could not be loaded ({reason}): connect to a "
-                            "network, or give data='hub:<dataset id>', 'practice' or a .jsonl "
-                            "file.") from error
+                            "network, or give another dataset or a .jsonl file.") from error
     described = f"hub dataset {Path(name).name if os.path.exists(name) else name}"
     rows = []
     for number, row in enumerate(dataset, start=1):
@@ -223,10 +222,10 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict:
         import torch
-        from torch.nn.utils.rnn import pad_sequence
 
+        pad = torch.nn.utils.rnn.pad_sequence
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
-        return {"input_ids": pad_sequence(ids, True, self.pad_token_id),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0),
-                "labels": pad_sequence(labels, True, -100)}
+        return {"input_ids": pad(ids, True, self.pad_token_id),
+                "attention_mask": pad([torch.ones_like(row) for row in ids], True, 0),
+                "labels": pad(labels, True, -100)}
