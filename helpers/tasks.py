@@ -100,8 +100,8 @@ def register(task: Task) -> Task:
 
 def get_task(name: str) -> Task:
     """The task of that name. Raises WorkbookError with the closest known name."""
-    if name in TASKS:
-        return TASKS[name]
+    if str(name) in TASKS:  # a parameter may be of any type
+        return TASKS[str(name)]
     raise WorkbookError(f"task {name!r} is unknown: add it with helpers.tasks.register, or use a "
                         f"known one; {closest(name, TASKS)}")
 
