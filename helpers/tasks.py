@@ -7,11 +7,8 @@ Adding a task of your own is one call::
         name="titles", title="Headline writing", columns=("article",), target="headline",
         template="<Article>: {article}\\n<Headline>: ", max_new_tokens=32, metric="chrf"))
 
-after which ``data.load_rows("titles", "my_rows.jsonl")``, the fine-tuning notebook and the panel
-know it.
+after which ``data.load_rows``, the fine-tuning notebook and the panel know it.
 """
-
-from __future__ import annotations
 
 import string
 from dataclasses import dataclass, field
@@ -23,15 +20,13 @@ from helpers import WorkbookError, closest
 class Task:
     """One task.
 
-    columns: the row's fields that the prompt shows, in order.
-    target: the field that the model must write.
+    columns: the row's fields that the prompt shows, in order. target: the one the model must write.
     optional: columns that may be empty; the template's line that holds an empty one is left out.
     hub_columns: this task's column name -> the hub dataset's, where they differ.
     stop: text at which generated answers are cut (None: only at the end-of-text token).
     metric: the metric that a result is summed up by; one of helpers.evaluation's.
     samples: rows without the target, used as ready-made prompts.
-    ask: what one would say to a chat model before the columns; used to judge the base model by its
-        own chat template.
+    ask: what a chat model is told before the columns, to judge the base model as one.
     generation: how the panel generates, where that is not greedy: fields of `adapters.Settings`.
     """
 
@@ -53,17 +48,15 @@ class Task:
 
     def __post_init__(self):
         try:
-            parsed = list(string.Formatter().parse(self.template))
+            fields = [part[1:] for part in string.Formatter().parse(self.template)]
         except ValueError as error:
             raise WorkbookError(f"task {self.name!r}: the template cannot be read ({error}): write "
                                 "a brace that is meant as one twice.") from error
-        fields = [part for part in parsed if part[1] is not None]
-        named = [name for _, name, _, _ in fields]
-        plain = all(name.isidentifier() and not spec and not conversion
-                    for _, name, spec, conversion in fields)
-        if tuple(named) != self.columns or not plain:
-            raise WorkbookError(f"task {self.name!r}: the template's fields {named} must be the "
-                                f"columns {list(self.columns)}, each once and in this order.")
+        plain = [(name, "", None) for name in self.columns]  # no format and no conversion
+        found = [part for part in fields if part[0] is not None]
+        if found != plain or not all(name.isidentifier() for name in self.columns):
+            raise WorkbookError(f"task {self.name!r}: the template's fields must be the columns "
+                                f"{list(self.columns)}, each once and in this order.")
 
     def prompt(self, row: dict[str, str]) -> str:
         """The text up to where the completion begins. Raises WorkbookError for a missing column."""
@@ -71,8 +64,7 @@ class Task:
         for line in self.template.splitlines(keepends=True):
             names = [name for _, name, _, _ in string.Formatter().parse(line) if name]
             values = {name: self._value(row, name) for name in names}
-            left_out = names and not any(values.values()) and set(names) <= set(self.optional)
-            if not left_out:
+            if not names or any(values.values()) or not set(names) <= set(self.optional):
                 lines.append(line.format(**values))
         return "".join(lines)
 
@@ -108,24 +100,18 @@ def register(task: Task) -> Task:
 
 def get_task(name: str) -> Task:
     """The task of that name. Raises WorkbookError with the closest known name."""
-    if name in TASKS:
-        return TASKS[name]
+    if str(name) in TASKS:  # a parameter may be of any type
+        return TASKS[str(name)]
     raise WorkbookError(f"task {name!r} is unknown: add it with helpers.tasks.register, or use a "
                         f"known one; {closest(name, TASKS)}")
 
 
 register(Task(
-    name="instruct",
-    title="General instruction following",
-    columns=("instruction", "input"),
-    target="response",
+    name="instruct", title="General instruction following",
+    columns=("instruction", "input"), target="response", optional=("input",),
     template="<Instruction>: {instruction}\n<Input>: {input}\n<Response>: ",
-    optional=("input",),
-    hub_dataset="teknium/GPTeacher-General-Instruct",
-    hub_licence="MIT",
-    max_new_tokens=128,
-    stop=None,
-    metric="rouge_l",
+    hub_dataset="teknium/GPTeacher-General-Instruct", hub_licence="MIT",
+    max_new_tokens=128, stop=None, metric="rouge_l",
     generation={"repetition_penalty": 1.1},  # small models loop when they write freely
     samples=(
         {"instruction": "Sort these words alphabetically.", "input": "pear, apple, mango, fig"},
@@ -139,15 +125,10 @@ register(Task(
 ))
 
 register(Task(
-    name="sql",
-    title="English to SQL",
-    columns=("context", "question"),
-    target="answer",
+    name="sql", title="English to SQL", columns=("context", "question"), target="answer",
     template="<TABLE>: {context}\n<QUESTION>: {question}\n<SQL>: ",
-    hub_dataset="philschmid/sql-create-context-copy",
-    hub_licence="CC BY 4.0",
-    max_new_tokens=96,
-    metric="execution",
+    hub_dataset="philschmid/sql-create-context-copy", hub_licence="CC BY 4.0",
+    max_new_tokens=96, metric="execution",
     ask="Write one SQLite query that answers the question. Write nothing but the query.",
     samples=(
         {"context": "CREATE TABLE employees (name VARCHAR, department VARCHAR, salary INTEGER, "
@@ -163,20 +144,13 @@ register(Task(
 ))
 
 register(Task(
-    name="detox",
-    title="Detoxifying text",
-    columns=("toxic",),
-    target="neutral",
+    name="detox", title="Detoxifying text", columns=("toxic",), target="neutral",
     template="<Toxic>: {toxic}\n<Neutral>: ",
-    hub_dataset="s-nlp/paradetox",
+    hub_dataset="s-nlp/paradetox", hub_licence="openrail++",
     hub_columns={"toxic": "en_toxic_comment", "neutral": "en_neutral_comment"},
-    hub_licence="openrail++",
-    max_new_tokens=48,
-    metric="chrf",
+    max_new_tokens=48, metric="chrf",
     ask="Rewrite this text politely and keep its meaning. Write nothing but the new text.",
-    samples=(
-        {"toxic": "this stupid printer never works when i need it"},
-        {"toxic": "what the hell is wrong with your dumb schedule"},
-        {"toxic": "only an idiot would park a car like that"},
-    ),
+    samples=({"toxic": "this stupid printer never works when i need it"},
+             {"toxic": "what the hell is wrong with your dumb schedule"},
+             {"toxic": "only an idiot would park a car like that"}),
 ))
