@@ -293,7 +293,7 @@ def alone(tiny, tmp_path_factory):
 def assert_same(run: Path, alone: Path) -> None:
     import torch
 
-    logs = [json.loads((path / "trained" / "result.json").read_text()) for path in (run, alone)]
+    logs = [json.loads((path / "trained" / "metrics.json").read_text()) for path in (run, alone)]
     assert [log["workers"] for log in logs] == [2, 1]
     assert [step for step, _ in logs[0]["loss_log"]] == [step for step, _ in logs[1]["loss_log"]] == list(range(1, 21))
     for (step, mine), (_, theirs) in zip(logs[0]["loss_log"], logs[1]["loss_log"], strict=True):
