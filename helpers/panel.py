@@ -1,8 +1,7 @@
 """The task explorer: widgets over one AdapterBank.
 
-In a notebook ``panel.show()``; as a web page ``make app``. One worker thread loads and generates.
-The widgets' callbacks only read widgets, set flags and start that thread, because they run on a
-thread of their own while a cell runs.
+In a notebook ``panel.show()``; as a web page ``make app``. One worker thread loads and generates;
+the widgets' callbacks only read widgets, set flags and start it.
 """
 
 import threading
@@ -28,8 +27,8 @@ class Panel:
 
     def __init__(self, bank: AdapterBank | None = None, base_name: str = EMBEDDED,
                  prebuilt: Path | None = None, custom: Path | None = None):
-        """Shows itself at once; the worker loads the base model, unless there is a `bank`, and the
-        adapters of the folders `prebuilt` and `custom` (None: as in `adapters.discover`)."""
+        """Shows itself at once. The worker loads the base model, unless there is a `bank`, and the
+        adapters of the folders (as in `adapters.discover`)."""
         self.bank, self.history, self.error, self.state = bank, [], None, IDLE
         self._base_name = bank.base_name if bank else base_name
         self._folders = {"prebuilt": prebuilt, "custom": custom}
@@ -43,37 +42,36 @@ class Panel:
     # -- what a person does
 
     def run(self, _=None) -> bool:
-        """Start what the widgets say (Generate). False when something runs already."""
+        """Generate what the widgets say. False when something runs already."""
         return self._start(GENERATING, self._answer)
 
     def look_again(self, _=None) -> bool:
-        """Find adapters anew (Refresh adapters). False when something runs already."""
+        """Find adapters anew. False when something runs already."""
         return self._start(LOADING, self._load)
 
     def halt(self, _=None) -> None:
-        """Ask the running answer to end at its next token (Stop)."""
+        """Stop the running answer at its next token."""
         with self._busy:  # not between the worker's last look and its end
             if self.state == GENERATING:
                 self._stop.set()
                 self._set(STOPPING)
 
     def export_csv(self, _=None) -> None:
-        """Offer the history as a file (Export CSV)."""
+        """Offer the history as a file."""
         self.download.value = panel_html.download_link(self.history)
 
     def wait(self, seconds: float = 600) -> None:
         """Wait until the panel is idle. Raises WorkbookError after `seconds`."""
         self._worker.join(seconds)
         if self._worker.is_alive():
-            raise WorkbookError(f"The panel is still {self.state} after {seconds:g} seconds: press "
-                                "Stop, or wait longer.")
+            raise WorkbookError(f"The panel is still {self.state} after {seconds:g} s: press Stop.")
 
     @property
     def current_task(self) -> tasks.Task:
         return tasks.get_task(self.task.value)
 
     def prompt_text(self) -> str:
-        """The finished prompt: the task's template with what stands in the fields."""
+        """The task's template with what stands in the fields."""
         return self.current_task.prompt({name: box.value for name, box in self.fields.items()})
 
     def settings(self) -> Settings:
@@ -83,10 +81,9 @@ class Panel:
 
     def static_html(self) -> str:
         """The panel as it stands, for pages that run no widgets (code hosts, printed notebooks)."""
-        shown = [" · ".join((self.task.label, self.adapter.label or "", self.mode.value))]
+        shown = [f"{self.task.label} · {self.adapter.label or ''} · {self.mode.value}"]
         shown += [f"{box.description}: {box.value}" for box in self.fields.values()]
-        answers = [answer.value for answer in self.cards.children]
-        return panel_html.page(shown, [*answers, self.memory.value])
+        return panel_html.page(shown, [view.value for view in (*self.cards.children, self.memory)])
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {**self.view._repr_mimebundle_(), "text/html": self.static_html(),
@@ -96,13 +93,13 @@ class Panel:
 
     def _make_controls(self) -> None:
         titles = [(task.title, task.name) for task in tasks.TASKS.values()]
-        draws = [("greedy", False), ("sampling", True)]
         self.task = _dropdown("Task", titles, self._choose_task)
         self.sample = _dropdown("Sample", [NO_SAMPLE], self._fill_sample)
         self.adapter = _dropdown("Adapter", [NO_ADAPTER], self._choose_adapter)
         self.mode = w.ToggleButtons(description="Answer with", options=[COMPARE, ONE, ALL],
                                     style={**LABEL, "button_width": "auto"})
         self.mode.observe(self._controls, "value")
+        draws = [("greedy", False), ("sampling", True)]
         self.decoding = _dropdown("Decoding", draws, self._controls)
         self.numbers = {}
         for name, (label, low, high, step, tooltip) in panel_html.NUMBERS.items():
@@ -120,19 +117,18 @@ class Panel:
         self.status, self.memory, self.history_view, self.download = [w.HTML() for _ in range(4)]
         settings = w.HBox([self.decoding, *self.numbers.values(), self.reset])
         history = w.VBox([w.HBox([self.export, self.download]), self.history_view])
-        more = w.Accordion([self.memory, history], layout=WIDE,
-                           titles=["Base model and adapters in memory", "History"])
         self.view = w.VBox([
             w.HTML(panel_html.HEAD), self.status, w.HBox([self.task, self.sample]),
             w.HBox([self.adapter, self.refresh]), self.inputs, self.prompt, self.mode,
             w.Accordion([settings], titles=["Settings"], layout=WIDE),
-            w.HBox([self.generate, self.stop]), self.cards, more], layout=WIDE)
+            w.HBox([self.generate, self.stop]), self.cards,
+            w.Accordion([self.memory, history], layout=WIDE,
+                        titles=["Base model and adapters in memory", "History"])], layout=WIDE)
         self.view.add_class("lora-panel")
 
     # -- what the widgets' callbacks do
 
     def _choose_task(self, _=None) -> None:
-        """Fields, samples, settings and adapter of the chosen task."""
         task, self.fields = self.current_task, {}
         for name in task.columns:
             box = w.Textarea(description=name.capitalize(), rows=3, style=LABEL, layout=WIDE)
@@ -141,8 +137,8 @@ class Panel:
         self.inputs.children = tuple(self.fields.values())
         # A sample is named by what tells it apart: the question, not the table.
         telling = [name for name in task.columns if name not in task.optional][-1]
-        names = [(row[telling][:70], number) for number, row in enumerate(task.samples)]
-        self.sample.options = names or [NO_SAMPLE]
+        self.sample.options = [(row[telling][:70], number)
+                               for number, row in enumerate(task.samples)] or [NO_SAMPLE]
         self._fill_sample()
         self._reset_settings()
         if len(self.adapter.options) > 1:
@@ -169,8 +165,8 @@ class Panel:
         with self._busy:
             if self.state in (GENERATING, STOPPING):
                 self._set(self.state, f"swaps to {self.adapter.label} after this answer")
-            elif self.bank and self.state != LOADING:
-                self._set(self.state, self._swap_to_chosen() or "nothing to swap")
+            elif self.state != LOADING:
+                self._set(self.state, self._swap_to_chosen())
 
     def _swap_to_chosen(self) -> str:
         name = self.adapter.value
@@ -179,7 +175,6 @@ class Panel:
         return f"swapped to {self.adapter.label} in {1e3 * self.bank.swap(name):.3f} ms"
 
     def _controls(self, _=None) -> None:
-        """Each state offers what makes sense in it."""
         ready = self.state in (IDLE, ERROR)
         self.generate.disabled = not ready or self.bank is None
         self.refresh.disabled = self.task.disabled = self.sample.disabled = not ready
@@ -200,7 +195,6 @@ class Panel:
             if self.state not in (IDLE, ERROR):
                 return False
             self._stop.clear()
-            self.error = None
             self._set(state)
             self._worker = threading.Thread(target=self._guarded, args=(work,), daemon=True)
             self._worker.start()
@@ -208,14 +202,15 @@ class Panel:
 
     def _guarded(self, work) -> None:
         """Run the work; whatever it raises is shown, and the panel can be used again."""
+        self.error = None  # else kept for whoever debugs
         try:
             said = work()
-        except Exception as error:  # kept for whoever debugs
+        except Exception as error:
             self.error = error
             said = str(error) if isinstance(error, WorkbookError) else repr(error)
         with self._busy:
-            swapped = self._swap_to_chosen()
-            self._set(ERROR if self.error else IDLE, f"{said}; {swapped}" if swapped else said)
+            said = "; ".join(filter(None, [said, self._swap_to_chosen()]))
+            self._set(ERROR if self.error else IDLE, said)
 
     def _load(self) -> str:
         if self.bank is None:
@@ -223,7 +218,7 @@ class Panel:
         found = adapters.discover(self._base_name, **self._folders)
         problems = {**found.problems, **self.bank.sync(found.adapters)}
         known, chosen = self.bank.adapters, self.adapter.value
-        if len(self.adapter.options) == 1:  # none were known before
+        if len(self.adapter.options) == 1:  # the first load
             chosen = self._fitting_adapter()
         self.adapter.options = [NO_ADAPTER] + [(f"{info.title} · rank {info.rank}", name)
                                                for name, info in known.items()]
@@ -248,10 +243,9 @@ class Panel:
         if mode == ALL:
             prompts = [prompt] * len(names)
             answers = bank.generate_mixed(prompts, names, settings, self._grow, self._stop)
-        else:
-            for name, shown in zip(names, cards, strict=True):
-                if not self._stop.is_set():
-                    answers.append(bank.generate(prompt, name, settings, shown.grow, self._stop))
+        for name, shown in zip(names, cards, strict=True) if mode != ALL else ():
+            if not self._stop.is_set():
+                answers.append(bank.generate(prompt, name, settings, shown.grow, self._stop))
         texts = [task.answer(answer.text) for answer in answers]
         extras = [""] * len(texts)
         if task.name == "sql":
@@ -262,9 +256,7 @@ class Panel:
             self.history.append(panel_html.history_entry(task.name, mode, answer, text, settings))
         self.history_view.value = panel_html.history_table(self.history)
         ended = "stopped" if self._stop.is_set() else "done"
-        said = f"{ended} ({len(self.history)} answers so far)"
-        swaps = ", ".join(f"{1e3 * answer.swap_seconds:.3f} ms" for answer in answers)
-        return said if mode == ALL else f"{said}; swaps took {swaps}"
+        return f"{ended} ({len(self.history)} answers so far)"
 
     def _grow(self, texts: list[str]) -> None:
         for shown, text in zip(self.cards.children, texts, strict=True):
@@ -272,8 +264,6 @@ class Panel:
 
 
 class _Card(w.HTML):
-    """One answer on the screen."""
-
     def __init__(self, title: str):
         super().__init__(panel_html.card(title, None), layout=HALF)
         self.title, self.drawn = title, 0.0

@@ -1,7 +1,4 @@
-"""What the panel shows, as HTML and CSV text.
-
-Whatever a model or a person wrote is escaped before it becomes HTML.
-"""
+"""What the panel shows, as HTML and CSV text; what a model or a person wrote is escaped."""
 
 import base64
 import csv
@@ -22,13 +19,13 @@ STYLE = """<style>
 .lora-panel .widget-hbox {flex-flow: row wrap; width: 100%}
 .lora-panel .widget-html-content, .lora-panel .jupyter-widget-html-content {line-height: 1.45;
   overflow-wrap: break-word; min-width: 0}
-.lora-panel .status {display: inline-block; padding: 2px 10px; border-radius: 10px;
-  border: 1px solid var(--jp-border-color1, #888); background: var(--jp-layout-color2, #eee)}
+.lora-panel .status, .lora-panel .card {border: 1px solid var(--jp-border-color1, #888);
+  border-radius: 6px; padding: 4px 10px}
+.lora-panel .status {display: inline-block; background: var(--jp-layout-color2, #eee)}
 .lora-panel .status.error {border: 2px solid var(--jp-error-color1, #b71c1c)}
-.lora-panel .card {border: 1px solid var(--jp-border-color1, #888); border-radius: 4px;
-  padding: 8px 10px; min-height: 110px}
-.lora-panel .card h4 {margin: 0 0 6px 0}
-.lora-panel pre {white-space: pre-wrap; word-break: normal; margin: 0 0 6px 0; padding: 6px;
+.lora-panel .card {min-height: 110px}
+.lora-panel .card h4 {margin: 0}
+.lora-panel pre {white-space: pre-wrap; word-break: normal; margin: 6px 0; padding: 6px;
   max-height: 320px; overflow: auto; background: var(--jp-layout-color2, #f4f4f4);
   color: var(--jp-content-font-color1, #111)}
 .lora-panel .wide {overflow-x: auto}
@@ -51,7 +48,7 @@ NUMBERS = {  # setting: (its label, lowest, highest, step, tooltip)
     "repetition_penalty": ("Repetition penalty", 0.5, 2, 0.05, "1: none"),
     "seed": ("Seed", 0, 2**31 - 1, 1, "of the draws"),
 }
-COLUMNS = ("time", "task", "adapter", "answer", "tokens", "first_token_ms", "tokens_per_second")
+COLUMNS = ["time", "task", "adapter", "answer", "tokens", "first_token_ms", "tokens_per_second"]
 
 
 def note(text: str) -> str:
@@ -79,18 +76,17 @@ def page(lines: list[str], parts: list[str]) -> str:
 
 def table(header: list[str], rows: Iterable, caption: str = "") -> str:
     """A table, every cell escaped."""
-    lines = [f"<caption>{escape(caption)}</caption>" if caption else "", "<thead>",
-             _row(header, "th"), "</thead><tbody>", *[_row(row, "td") for row in rows], "</tbody>"]
+    lines = [f"<caption>{escape(caption)}</caption>" if caption else ""]
+    for number, cells in enumerate([header, *rows]):
+        tag = "td" if number else "th"
+        row = [f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells]
+        lines.append(f"<tr>{''.join(row)}</tr>")
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
-
-
-def _row(cells: Iterable, tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
 
 def card(title: str, text: str | None, times: str = "", extra: str = "") -> str:
     """One answer; text None: not begun. Everything is escaped but `extra`, which must be HTML."""
-    empty = "<span class='note'>…</span>" if text is None else "<span class='note'>(empty)</span>"
+    empty = f"<span class='note'>{'…' if text is None else '(empty)'}</span>"
     return (f"<div class='card' role='region' aria-label='{escape(title)}'><h4>{escape(title)}</h4>"
             f"<pre>{escape(text) if text else empty}</pre>{note(times)}{extra}</div>")
 
@@ -113,11 +109,11 @@ def memory_table(bank: AdapterBank, problems: dict[str, str]) -> str:
     return shown + (table(["cannot be used", "why"], problems.items()) if problems else "")
 
 
-def sql_results(context: str, queries: list[str], rows=8, seconds=1.0) -> list[str]:
-    """Each query's result on one small made-up database with the context's tables.
+def sql_results(context: str, queries: list[str], seconds: float = 1.0) -> list[str]:
+    """Each query's first rows on one small made-up database with the context's tables.
 
-    A query can only read, for at most `seconds`; at most `rows` of its rows are shown. A context
-    that is more than CREATE TABLE statements is not run.
+    A query can only read, for at most `seconds`. A context that does more than make tables is not
+    run.
     """
     try:
         if not context.strip():
@@ -130,10 +126,8 @@ def sql_results(context: str, queries: list[str], rows=8, seconds=1.0) -> list[s
     for query in queries:
         try:
             header, found = evaluation.run_sql(connection, query, seconds)
-            count = f"rows: {len(found)}"
-            if len(found) > rows:
-                count = f"first {rows} of {len(found)} rows"
-            shown.append(table(header, found[:rows], f"Run on made-up rows ({count})"))
+            count = f"first 8 of {len(found)} rows" if len(found) > 8 else f"rows: {len(found)}"
+            shown.append(table(header, found[:8], f"Run on made-up rows ({count})"))
         except sqlite3.Error as error:
             shown.append(note(f"Does not run: {error}"))
     connection.close()
@@ -142,33 +136,29 @@ def sql_results(context: str, queries: list[str], rows=8, seconds=1.0) -> list[s
 
 def history_entry(task: str, mode: str, answer: Answer, text: str, settings: Settings) -> dict:
     """One answer's line of the history; text: the answer as it is shown."""
-    options = [f"{key}={value}" for key, value in settings.options().items()]
     return {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "task": task, "mode": mode,
             "adapter": answer.adapter or "base", "prompt": answer.prompt, "answer": text,
             "tokens": answer.tokens, "swap_ms": round(1e3 * answer.swap_seconds, 4),
             "first_token_ms": round(1e3 * answer.first_token_seconds, 1),
             "tokens_per_second": round(answer.tokens_per_second, 2),
-            "stopped": answer.stopped, "settings": ", ".join(options)}
+            "stopped": answer.stopped, "settings": settings.options()}
 
 
 def history_table(entries: list[dict]) -> str:
     """The newest twenty answers."""
     rows = [[entry[name] for name in COLUMNS] for entry in entries[:-21:-1]]
-    return table([name.replace("_", " ") for name in COLUMNS], rows,
-                 f"The newest of {len(entries)} answers first")
+    header = [name.replace("_", " ") for name in COLUMNS]
+    return table(header, rows, f"The newest of {len(entries)} answers first")
 
 
 def download_link(entries: list[dict]) -> str:
-    """The history as CSV in a link that holds it: it needs no server.
-
-    An apostrophe leads a text that a spreadsheet would run as a formula.
-    """
+    """The history as CSV in a link that holds it: it needs no server."""
     if not entries:
         return "No answers yet."
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(entries[0])
-    for entry in entries:
+    for entry in entries:  # an apostrophe leads what a spreadsheet would run as a formula
         writer.writerow([f"'{cell}" if str(cell).startswith(tuple("=+-@\t\r")) else cell
                          for cell in entry.values()])
     data = base64.b64encode(buffer.getvalue().encode()).decode()

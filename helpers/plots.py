@@ -16,7 +16,6 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 HATCHES = ["", "//", "..", "xx", "\\\\", "++", "oo"]
-IMAGES = ROOT / "images"
 
 
 def style() -> None:
@@ -39,11 +38,9 @@ class Picture:
     alt: str
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        # nbconvert and JupyterLab read the alt text from the metadata; nbval compares text/plain
-        # and skips image/png.
-        data = {"image/png": base64.b64encode(self.png).decode(),
-                "text/plain": f"[figure] {self.alt}"}
-        return data, {"image/png": {"alt": self.alt}}
+        png, said = base64.b64encode(self.png).decode(), f"[figure] {self.alt}"
+        # nbconvert and JupyterLab read the alt text from the metadata; nbval compares text/plain.
+        return {"image/png": png, "text/plain": said}, {"image/png": {"alt": self.alt}}
 
 
 def finish(figure, name: str, alt: str) -> Picture:
@@ -55,10 +52,7 @@ def finish(figure, name: str, alt: str) -> Picture:
     # No software version in the file: the same figure is the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None, "Description": alt})
     plt.close(figure)
-    run_dir = os.environ.get("WORKBOOK_RUN_DIR")
-    folder = Path(run_dir) / "images" if run_dir else IMAGES
+    folder = Path(os.environ.get("WORKBOOK_RUN_DIR") or ROOT) / "images"
     folder.mkdir(exist_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, folder / f"{name}.png")
+    (folder / f"{name}.png").write_bytes(buffer.getvalue())
     return Picture(buffer.getvalue(), alt)

@@ -37,15 +37,14 @@ HOST = os.environ.get("WORKBOOK_HOST") or socket.gethostname()
 def group(asked: int, facts: dict[str, str] | None = None):
     """Be one of `asked` workers while the block runs: torch.distributed is initialised.
 
-    facts: what must be the same on all workers, beside versions. Raises WorkbookError if another
-    number of workers started than was asked for, if this worker differs from rank 0, or after
-    GROUP_SECONDS of waiting for another worker (on GPUs NCCL's watchdog aborts the process then).
+    facts: what all workers must have the same of, beside `versions`. Raises WorkbookError if
+    another number of workers started, if this worker differs from rank 0, or after GROUP_SECONDS
+    of waiting for another (on GPUs NCCL's watchdog aborts the process then).
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world != asked:
-        were = "worker was" if asked == 1 else "workers were"
-        raise WorkbookError(f"{asked} {were} asked for and {world} started: the launcher did not "
-                            "do what it was told; start with python -m helpers.jobs, or torchrun.")
+        raise WorkbookError(f"Workers asked for: {asked}, started: {world}; start them with "
+                            "python -m helpers.jobs, or torchrun.")
     if world == 1:
         yield
         return
@@ -57,7 +56,7 @@ def group(asked: int, facts: dict[str, str] | None = None):
     file = os.environ.get("WORKBOOK_STORE")  # torch's own store would listen to the network
     store = dist.FileStore(file, world) if file else next(dist.rendezvous("env://"))[0]
     store.set_timeout(timedelta(seconds=JOIN_SECONDS))
-    _compare(store, rank, world, {**versions(), **(facts or {})})
+    _compare(store, rank, world, versions() | (facts or {}))
     dist.init_process_group("nccl" if device else "gloo", store=dist.PrefixStore("group", store),
                             rank=rank, world_size=world, device_id=device,
                             timeout=timedelta(seconds=GROUP_SECONDS))
@@ -68,10 +67,9 @@ def group(asked: int, facts: dict[str, str] | None = None):
         if not re.search("timed? ?out", str(error), re.IGNORECASE):
             raise
         other = f"rank {1 - rank}" if world == 2 else "another rank"
-        raise WorkbookError(f"nothing has been heard of {other} for {GROUP_SECONDS} s: its "
-                            "process, its host or the network is down, or slower than "
-                            "WORKBOOK_GROUP_SECONDS allows; resume the run to go on from its last "
-                            "checkpoint.") from error
+        raise WorkbookError(f"nothing has been heard of {other} for {GROUP_SECONDS} s "
+                            "(WORKBOOK_GROUP_SECONDS): its process, its host or the network is "
+                            "down; resume the run to go on from its last checkpoint.") from error
     dist.destroy_process_group()
 
 
@@ -108,51 +106,48 @@ def main(argv: list[str]) -> int:
     except WorkbookError as error:
         failures = [_failure(str(error))]
     except Exception as error:
-        failures = [_failure(f"{HOST} did not meet the other hosts at {at} ("
-                             f"{str(error).splitlines()[0]}): see whether all run, and can reach "
-                             "that address of the first host and a free MASTER_PORT there")]
+        reason = str(error).splitlines()[0]
+        failures = [_failure(f"{HOST} did not meet the other hosts at {at} ({reason}): see whether "
+                             "all run, and can reach that address of the first host and a free "
+                             "MASTER_PORT there")]
     write_json(folder / "failure.json", failures)
     print("\n".join(failure["message"] for failure in failures), file=sys.stderr)
     return 1
 
 
-def _failure(message: str, after: int = 0) -> dict:
-    return {"message": message, "after": after, "time": time.time(), "traceback": ""}
+def _failure(message: str, after: int = 0, when: float = 0, traceback: str = "") -> dict:
+    """after: 0 for a cause, more for what follows from one."""
+    return {"message": message, "after": after, "time": when or time.time(), "traceback": traceback}
 
 
 def _worker_failure(rank: int, failure: ProcessFailure) -> dict:
-    """Why a worker ended, in a sentence. after: 0 for a cause, more for what follows from one."""
-    who, said = f"The worker of rank {rank}", failure.message
-    who += f" on {HOST}" if HOST != "this host" else ""
-    if isinstance(said, dict):  # from the error file that the worker's main wrote, under @record
-        text = said["message"].removeprefix("WorkbookError: ").rstrip(".")
-        bug = not said["message"].startswith("WorkbookError: ")
-        return {"message": f"{who} failed: {text}", "after": int(bool(re.search(LOST, text))),
-                "time": failure.timestamp, "traceback": said["extraInfo"]["py_callstack"] * bug}
+    """Why a worker ended, in a sentence."""
+    who = f"The worker of rank {rank}{'' if HOST == 'this host' else f' on {HOST}'}"
+    if isinstance(failure.message, dict):  # what the worker's main left, under torch's @record
+        said, stack = failure.message["message"], failure.message["extraInfo"]["py_callstack"]
+        text, lost = said.removeprefix("WorkbookError: "), re.search(LOST, said) is not None
+        return _failure(f"{who} failed: {text.rstrip('.')}", int(lost), failure.timestamp,
+                        stack if text == said else "")
     if failure.exitcode > 0:
         return _failure(f"{who} failed: it ended with exit code {failure.exitcode}")
     name = failure.signal_name()
-    # The launcher sends SIGTERM when another has failed, NCCL's watchdog aborts.
-    after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)
+    after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)  # sent by the launcher, by NCCL's watchdog
     why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
-           "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
-    return _failure(f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
-                    "its last checkpoint", after)
+           "SIGABRT": " (on GPUs NCCL does so when another worker is lost)"}.get(name, "")
+    return _failure(f"{who} was killed by {name}{why}: resume the run to go on from its last "
+                    "checkpoint", after)
 
 
 def _prepare_host(options, folder: Path) -> None:
     """Threads, network interface and GPUs of this host's workers."""
     each, gpus = int(options.nproc_per_node), torch.cuda.device_count()
     if 0 < gpus < each:
-        raise WorkbookError(f"{each} workers were asked for and {HOST} has {gpus} GPU"
-                            f"{'s' * (gpus > 1)}: one process needs a GPU of its own, so ask for "
-                            f"at most {gpus}.")
+        raise WorkbookError(f"{each} workers need a GPU each, and {HOST} has {gpus}: ask for at "
+                            f"most {gpus}.")
     # More threads than cores would make every worker wait for every other.
-    has_mask = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
-    threads = int(os.environ.get("SLURM_CPUS_PER_TASK") or cores // each)
-    given = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, min(threads, int(given[0]) if given else threads)))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    share = int(os.environ.get("SLURM_CPUS_PER_TASK") or cores // each)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, min(share, torch.get_num_threads())))
     os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}]: "
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast needs rights that containers lack
     own, several = "127.0.0.1", options.nnodes != "1"
@@ -171,7 +166,7 @@ def _prepare_host(options, folder: Path) -> None:
         os.environ["WORKBOOK_STORE"] = str(folder / "store")
     # Gloo and NCCL would otherwise take the host name's address, which may be another network's.
     interface = next(name for name, entries in psutil.net_if_addrs().items()
-                     if any(entry.address == own for entry in entries))
+                     if own in [entry.address for entry in entries])
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ[name] = (several and os.environ.get(name)) or interface
 
@@ -181,8 +176,6 @@ def _compare(store: dist.Store, rank: int, world: int, mine: dict[str, str]) -> 
     store.set(f"facts/{rank}", json.dumps({"host": HOST, **mine}))
     store.wait([f"facts/{other}" for other in range(world)])
     theirs = json.loads(store.get("facts/0"))
-    if theirs["host"] == HOST:  # the same files; they may have been edited since
-        del mine["this project's helpers"]
     for name, value in mine.items():
         if theirs.get(name) != value:
             raise WorkbookError(f"{HOST} has {name} {value} and {theirs['host']}, where rank 0 "

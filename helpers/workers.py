@@ -1,9 +1,8 @@
 """Workers that train together: which command each host runs, and what is said when one fails.
 
-`plan` says what each host runs; `launch` runs it and waits. Each host runs one launcher: torchrun
-with its own options (helpers.worker_group), which starts one process a GPU, or processes that share
-the CPU's cores evenly. A worker that dies ends the group, and its own error reaches the caller.
-Nothing is restarted in place: resuming is a new launch, with a new name and port.
+Each host runs one launcher: torchrun with its own options (helpers.worker_group), which starts one
+process a GPU, or processes that share the CPU's cores evenly. A worker that dies ends the group,
+and its own error reaches the caller. Resuming is a new launch, with a new name and port.
 """
 
 import contextlib
@@ -11,13 +10,13 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import psutil
 import yaml
@@ -32,6 +31,7 @@ KEPT = ("WORKBOOK_CACHE", "WORKBOOK_JOIN_SECONDS", "WORKBOOK_GROUP_SECONDS", "HF
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5",
        "-o", "ServerAliveCountMax=3", "--")
 END_WITH_STDIN = {"WORKBOOK_END_WITH_STDIN": "1"}  # it closes when a launcher's caller is killed
+SRUN = ("srun", "--cpus-per-task=1", "--kill-on-bad-exit=1", "--job-name=lora-workbook")
 CML_SIZE = {"cpu": 2, "memory": 16, "nvidia_gpu": 0}  # of one CML worker: cores, GiB, GPUs
 
 
@@ -85,31 +85,29 @@ def read_place(workers_on: str) -> tuple[str, list[str], dict[str, str]]:
 
 def plan(module: str, arguments: list[str], workers: int, log_dir: Path,
          workers_on: str = "") -> Plan:
-    """Plan `workers` processes of ``python -m module arguments…``; starts nothing.
+    """What each host runs so that `workers` processes do ``python -m module arguments…`` together.
 
-    Several hosts need the project, its Python and `log_dir` under the same path: a file system that
-    they share. Rank 0's port is $MASTER_PORT if that is set, for firewalls. Raises WorkbookError if
-    the workers cannot be dealt out evenly.
+    Several hosts need the project, its Python and `log_dir` under the same path. Rank 0's port is
+    $MASTER_PORT if that is set. Raises WorkbookError if the hosts would have unequal shares.
     """
     place, hosts, options = read_place(workers_on)
-    hosts = hosts or ["this host"]
-    address, start = hosts[0] if place else "127.0.0.1", []
+    hosts, start = hosts or ["this host"], []
+    address = hosts[0] if place else "127.0.0.1"
     if workers % len(hosts):
         raise WorkbookError(f"{workers} workers cannot be dealt out evenly to {len(hosts)} hosts: "
                             f"ask for a multiple of {len(hosts)}.")
     if place == "cml":
         address = os.environ.get("CDSW_IP_ADDRESS") or socket.gethostbyname(socket.gethostname())
         hosts = [address, *(f"CML worker {rank}" for rank in range(1, workers))]
-    elif place == "slurm":  # one launch, of as many tasks as workers
-        tasks = {"ntasks": workers, "cpus-per-task": 1, "kill-on-bad-exit": 1,
-                 "job-name": "lora-workbook", **options}
-        start = ["srun", *(f"--{key}={value}" for key, value in tasks.items())]
-        address = "SLURM_FIRST_HOST"  # each task puts its own number and this address there
+    elif place == "slurm":  # one launch, of a task a worker
+        options = {"ntasks": workers, **options}
+        start = [*SRUN, *(f"--{key}={value}" for key, value in options.items())]
+        address = "SLURM_FIRST_HOST"  # each task puts this address and its own number there
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     port = int(os.environ.get("MASTER_PORT") or 20_000 + secrets.randbelow(12_000))
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    shared = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    shared |= {key: os.environ[key] for key in KEPT if key in os.environ}
+    shared = {key: os.environ[key] for key in KEPT if key in os.environ}
+    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+    shared |= {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     shared |= END_WITH_STDIN if place == "ssh" else {}
     nodes, each, launches = workers if start else len(hosts), workers // len(hosts), []
     for node, host in enumerate(hosts):
@@ -128,16 +126,17 @@ def launch(chosen: Plan, log_dir: Path) -> None:
     """Start the plan's workers, pass on what rank 0 prints, and wait for the end of all of them.
 
     Every rank's output is kept below ``log_dir/<plan's name>``. Raises WorkbookError that says
-    which worker failed first and why; a traceback is printed if it was no WorkbookError. No process
-    outlives this call, nor the caller.
+    which worker failed first and why. No process outlives this call, nor the caller.
     """
     folder, running = Path(log_dir) / chosen.name, []
     folder.mkdir(parents=True, exist_ok=True)
-    with _elsewhere(chosen):
+    mine = chosen.launches if chosen.place == "ssh" else chosen.launches[:1]
+    for one in chosen.launches[1:] if chosen.place == "print" else ():
+        print(f"Type on {one.host}, within {JOIN_SECONDS} s:\n  {one.line()}", flush=True)
+    with _cml_workers(chosen) if chosen.place == "cml" else contextlib.nullcontext():
         try:
-            for node in range(len(chosen.launches)):
-                if process := _start(chosen, node, folder / f"host-{node}.log"):
-                    running.append(process)
+            for node, one in enumerate(mine):
+                running.append(_start(one, chosen.place, folder / f"host-{node}.log"))
             failed = _wait(running, folder / "host-0.log")
         finally:  # also for Ctrl-C, and when the notebook's kernel is told to end
             for process in running:
@@ -157,25 +156,14 @@ def accelerate_configs(chosen: Plan, gpus: bool = False) -> list[str]:
     kind = "NO" if chosen.workers == 1 else "MULTI_GPU" if gpus else "MULTI_CPU"
     config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind,
               "use_cpu": not gpus, "mixed_precision": "no",  # the trainer casts by itself
-              "num_processes": chosen.workers, "num_machines": len(chosen.launches)}
-    if len(chosen.launches) > 1:
-        config |= {"main_process_ip": chosen.address, "main_process_port": chosen.port,
-                   "rdzv_backend": "static"}
-    nodes = range(len(chosen.launches))
-    return [yaml.safe_dump({**config, "machine_rank": node}) for node in nodes]
+              "num_processes": chosen.workers, "num_machines": len(chosen.launches),
+              "main_process_ip": chosen.address, "main_process_port": chosen.port}
+    return [yaml.safe_dump(config | {"machine_rank": node}) for node in range(len(chosen.launches))]
 
 
 @contextlib.contextmanager
-def _elsewhere(chosen: Plan):
-    """While the block runs, CML or a person runs the launches that this host cannot execute."""
-    others = chosen.launches[1:]
-    if chosen.place == "print" and others:
-        hosts = "hosts" if len(others) > 1 else "host"
-        print(f"Type on the other {hosts}, within {JOIN_SECONDS} s:")
-        print("\n".join(f"  {one.host}:  {one.line()}" for one in others), flush=True)
-    if chosen.place != "cml":
-        yield
-        return
+def _cml_workers(chosen: Plan):
+    """While the block runs, workers of the CML workspace run all launches but the first."""
     try:
         from cml import workers_v1  # exists in a workspace alone
     except ImportError:
@@ -183,15 +171,14 @@ def _elsewhere(chosen: Plan):
                             "learning workspace: choose another place.") from None
     size, started = CML_SIZE | {key: int(value) for key, value in chosen.options.items()}, []
     try:
-        for one in others:
+        for one in chosen.launches[1:]:
             started += workers_v1.launch_workers(n=1, code=f"!{one.line()}", **size)
         failed = workers_v1.await_workers(started, wait_for_completion=False,
                                           timeout_seconds=JOIN_SECONDS)["failures"]
-        came = len(started) - len(failed)
-        if came < len(others):
-            raise WorkbookError(f"CML started {came} of {len(others)} workers: the workspace may "
-                                f"lack {size['cpu']} cores, {size['memory']} GiB or "
-                                f"{size['nvidia_gpu']} GPUs for each.")
+        if failed:
+            raise WorkbookError(f"CML started {len(started) - len(failed)} of {len(started)} "
+                                f"workers: the workspace may lack {size['cpu']} cores, "
+                                f"{size['memory']} GiB or {size['nvidia_gpu']} GPUs for each.")
         yield
         # They have met rank 0 at the end of their work, and only have to exit.
         workers_v1.await_workers(started, wait_for_completion=True, timeout_seconds=60)
@@ -199,35 +186,33 @@ def _elsewhere(chosen: Plan):
         workers_v1.stop_workers(*(worker["id"] for worker in started))
 
 
-def _start(chosen: Plan, node: int, log: Path) -> subprocess.Popen | None:
-    """Execute a launch here, or by ssh; None if somebody else does."""
-    one = chosen.launches[node]
-    command = list(one.command)
-    addresses = {a.address for found in psutil.net_if_addrs().values() for a in found}
-    here = one.host in {"localhost", socket.gethostname(), *addresses}
-    if chosen.place == "ssh" and not here:
+def _start(one: Launch, place: str, log: Path) -> subprocess.Popen:
+    """Execute a launch here, or by ssh if its host is another."""
+    command, mine = list(one.command), {"localhost", socket.gethostname()}
+    for addresses in psutil.net_if_addrs().values():
+        mine.update(entry.address for entry in addresses)
+    if place == "ssh" and one.host not in mine:
         command = [*SSH, one.host, one.line()]
-    elif node > 0 and not here:
-        return None
-    try:
-        with log.open("wb") as file:
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file,
-                                    stderr=subprocess.STDOUT,
-                                    env=os.environ | one.environment | END_WITH_STDIN)
-    except FileNotFoundError:
+    if not shutil.which(command[0]):
         raise WorkbookError(f"The command {command[0]} is not on this host: install it or choose "
-                            "another place.") from None
+                            "another place.")
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file,
+                                stderr=subprocess.STDOUT,
+                                env=os.environ | one.environment | END_WITH_STDIN)
 
 
 def _wait(running: list[subprocess.Popen], log: Path) -> int | None:
-    """Wait until all have ended, or one has failed and the others had time to notice. Returns the
-    number of the first that failed."""
+    """Wait until all have ended, or one has failed and the others had time to notice; pass on what
+    rank 0 says. Returns the number of the first that failed."""
     failed, deadline = None, float("inf")
     with log.open("rb") as lines:
         while True:
             time.sleep(0.2)
             codes = [process.poll() for process in running]
-            _pass_on(lines)
+            while (line := lines.readline()).endswith(b"\n"):  # torchrun marks rank 0's
+                print(line.decode(errors="replace").partition("[rank 0]: ")[2], end="", flush=True)
+            lines.seek(-len(line), os.SEEK_CUR)  # half a line: the rest comes
             if failed is None and any(codes):
                 failed = [bool(code) for code in codes].index(True)
                 deadline = time.monotonic() + PATIENCE
@@ -235,16 +220,8 @@ def _wait(running: list[subprocess.Popen], log: Path) -> int | None:
                 return failed
 
 
-def _pass_on(lines: BinaryIO) -> None:
-    """Print what rank 0 has said since the last call; torchrun marks its lines."""
-    while (line := lines.readline()).endswith(b"\n"):
-        print(line.decode(errors="replace").partition("[rank 0]: ")[2], end="", flush=True)
-    lines.seek(-len(line), os.SEEK_CUR)  # half a line: the rest comes
-
-
 def _end(process: subprocess.Popen) -> None:
-    process.stdin.close()
-    for step in (lambda: None, process.terminate, process.kill):
+    for step in (process.stdin.close, process.terminate, process.kill):
         step()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
@@ -259,8 +236,7 @@ def _explain(chosen: Plan, folder: Path, failed: int) -> str:
         print(first["traceback"], end="", file=sys.stderr, flush=True)
         message = first["message"]
     else:  # a launcher was killed, or never began: its last words are all there is
-        words = (folder / f"host-{failed}.log").read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(words) if line.strip()), "none")
+        words = (folder / f"host-{failed}.log").read_text(errors="replace").strip()
         message = (f"The workers on {chosen.launches[failed].host} ended without a report; the "
-                   f"last words were: {last}")
+                   f"last words were: {words.rpartition(chr(10))[2] or 'none'}")
     return f"{message} (logs of all ranks: {folder.parent.name}/{folder.name})."

@@ -18,16 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers import plots, tasks  # noqa: E402
+from helpers import tasks  # noqa: E402
 
 WAIT = 300_000  # ms
 SIZE = {"width": 1100, "height": 900}
 
 
 def save(name: str, content: bytes) -> None:
-    temporary = plots.IMAGES / f".{name}.{os.getpid()}.tmp"
+    temporary = ROOT / "images" / f".{name}.{os.getpid()}.tmp"
     temporary.write_bytes(content)
-    os.replace(temporary, plots.IMAGES / name)
+    os.replace(temporary, ROOT / "images" / name)
     print(f"images/{name}: {len(content):,} bytes")
 
 
