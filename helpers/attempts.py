@@ -28,8 +28,8 @@ logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it warns about
 
 
 def execute(plan) -> dict:
-    """Run a helpers.jobs.Plan to its end; returns the final status, which is on the disk by then.
-    Raises WorkbookError if another process runs it, OSError if nothing can be written at all."""
+    """Run a helpers.jobs.Plan to its end; returns the final status, which is on the disk by then,
+    with the training's warnings. Raises WorkbookError if another process runs it, and OSError."""
     run_dir, received = plan.run_dir, catch_signals()
     run_dir.mkdir(parents=True, exist_ok=plan.status is not None)
     try:
@@ -97,7 +97,7 @@ class JobKernel(AsyncKernelManager):
 
     async def start_kernel(self, **options):
         attempt = self.attempt
-        self.kernel_spec_manager = kernelspec.KernelSpecManager(kernel_dirs=[])  # leaves ipykernel's own
+        self.kernel_spec_manager = kernelspec.KernelSpecManager(kernel_dirs=[])  # ipykernel's own
         self.transport = "ipc" if len(attempt.scratch) < 80 else "tcp"  # socket paths: <= 107
         self.connection_file = os.path.join(attempt.scratch, "kernel.json")
         options |= {"stdout": attempt.log, "stderr": attempt.log, "cwd": str(ROOT)}
@@ -106,8 +106,8 @@ class JobKernel(AsyncKernelManager):
 
 
 class Attempt:
-    """One execution of a plan's notebook. cell: the number of the code cell that runs; kernel: its
-    process. papermill writes what the notebook prints to it, as to a file."""
+    """One execution of a plan's notebook. cell: the number of the code cell that runs; kernel: the
+    kernel's process. papermill writes what the notebook prints to it, as to a file."""
 
     def __init__(self, plan):
         self.plan, self.cell = plan, 0
@@ -164,8 +164,8 @@ class Attempt:
                   if cell.cell_type == "code" and cell.source.strip()]
         if None in counts:
             number = counts.index(None) + 1
-            raise WorkbookError(f"Code cell {number} of {len(counts)} never ran: the cell before it "
-                                "ended the notebook, as exit() does.")
+            raise WorkbookError(f"Code cell {number} of {len(counts)} never ran: the cell before "
+                                "it ended the notebook, as exit() does.")
         if not self.plan.job.metrics:
             return None
         try:
