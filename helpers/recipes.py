@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,8 +146,14 @@ def check_parameters(parameters: dict) -> dict:
 
 
 def check_free(folder: Path) -> None:
-    """Raise WorkbookError when `folder` already holds something: an adapter is never
-    overwritten."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WorkbookError(f"The output folder {folder} already exists and is not empty: choose "
-                            "another adapter_dir or remove it.")
+    """Raise WorkbookError when `folder` holds something (an adapter is never overwritten) or cannot
+    be a folder."""
+    try:
+        reason = "already exists and is not empty" if os.listdir(folder) else None
+    except FileNotFoundError:
+        return
+    except OSError as error:  # it is a file, may not be read, or its name is too long
+        reason = f"cannot be used ({error.strerror})"
+    if reason:
+        raise WorkbookError(f"The output folder {folder} {reason}: choose another adapter_dir or "
+                            "remove it.")

@@ -1,10 +1,9 @@
 """The truth about runs: ``runs/<job id>/status.json``.
 
-`state` is queued, running, succeeded, failed or interrupted. "running" is believed only while the
-process lives: one that was killed cannot write its own end, so a reader does.
+`state` is queued, running, succeeded, failed or interrupted. A process that was killed cannot write
+its own end: who reads "running" looks whether it lives, and writes it.
 """
 
-import errno
 import json
 import socket
 from datetime import UTC, datetime
@@ -31,44 +30,41 @@ def read_run(run_dir: Path) -> dict:
     status = read_status(run_dir)
     if is_abandoned(status):
         status = read_status(run_dir)  # its last word may have come between reading and looking
-    if is_abandoned(status):
-        why = f"Its process {status['pid']} is gone (killed, or the machine stopped); "
-        why += f"resume with: {resume_command(status)}"
-        status |= {"state": "interrupted", "error": why, "ended": now()}
-        write_status(run_dir, status)
-    return status
+    if not is_abandoned(status):
+        return status
+    why = f"Its process {status['pid']} is gone (killed, or the machine stopped); resume with: "
+    return write_status(run_dir, status | {"state": "interrupted", "ended": now(),
+                                           "error": why + resume_command(status)})
 
 
 def find_unfinished(job: str, resume: str | bool, runs_dir: Path) -> dict:
     """The newest failed or interrupted run of a job (`resume` is True), or the one with this id.
     Raises WorkbookError if there is none."""
     runs = {status["id"]: status for status in list_runs(runs_dir) if status["job"] == job}
+    unfinished = [run for run in runs.values() if run["state"] in ("failed", "interrupted")]
     if resume is True:
-        unfinished = [i for i, s in runs.items() if s["state"] in ("failed", "interrupted")]
         if not unfinished:
             raise WorkbookError(f"There is no unfinished run of {job} in {runs_dir}: start one "
                                 "without --resume.")
-        return runs[unfinished[-1]]
+        return unfinished[-1]
     if resume not in runs:
         near = closest(resume, runs)
         raise WorkbookError(f"There is no run {resume!r} of {job} in {runs_dir}; {near}")
     status = runs[resume]
-    if status["state"] == "succeeded":
-        raise WorkbookError(f"{resume} has succeeded: there is nothing to resume.")
-    if status["state"] in ("queued", "running"):
-        raise WorkbookError(f"{resume} is still running (process {status['pid']} on "
-                            f"{status['host']}).")
+    if status not in unfinished:
+        raise WorkbookError(f"{resume} cannot be resumed: its state is {status['state']} (process "
+                            f"{status['pid']} on {status['host']}).")
     return status
 
 
 def write_status(run_dir: Path, status: dict) -> dict:
     """Write status.json and return it. On a full disk it is written in place, into the blocks that
-    the file has: a status that lies would be worse than a reader who sees half of it."""
+    the file has: a status that lies would be worse than one that is half written."""
     path = run_dir / "status.json"
     try:
         write_json(path, status)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+    except OSError:
+        if not path.exists():
             raise
         with path.open("r+", encoding="utf-8") as file:
             json.dump(status, file)
@@ -86,13 +82,13 @@ def read_status(run_dir: Path) -> dict:
                 raise TypeError(f"{name} is {status[name]!r}")
         return status
     except (ValueError, KeyError, TypeError) as error:
-        raise WorkbookError(f"{run_dir}/status.json cannot be read ({error!r}): remove that "
-                            "folder.") from error
+        why = f"{run_dir}/status.json cannot be read ({error!r}): remove that folder."
+        raise WorkbookError(why) from error
 
 
 def is_abandoned(status: dict) -> bool:
-    """Whether a status says running but its process is gone. As pids are used again, the process
-    must have been created at the same time (s since 1970). Those of other hosts cannot be seen."""
+    """Whether a status says running but its process, known by pid and time of creation (s since
+    1970), is gone. Processes of other hosts cannot be seen."""
     if status["state"] not in ("queued", "running") or status["host"] != socket.gethostname():
         return False
     try:

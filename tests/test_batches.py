@@ -79,7 +79,7 @@ def test_two_jobs_at_once_use_their_own_parameters_ports_and_folders(tiny, tmp_p
         runs = {path.parent.name.split("-")[0]: path.parent for path in Path(short).glob("runs/*/status.json")}
         assert set(runs) == {"detox", "sql"}
         for job, wanted in (("detox", values), ("sql", other)):
-            result = json.loads((runs[job] / "trained" / "result.json").read_text())
+            result = json.loads((runs[job] / "trained" / "metrics.json").read_text())
             metrics = json.loads((runs[job] / "metrics.json").read_text())
             used = {**result["config"], "eval_rows": metrics["evaluation"]["rows"]}
             same = {name: value for name, value in wanted.items() if name not in ("adapter_dir", "data", "base_model")}

@@ -36,6 +36,7 @@ workers_on = "a # b"  # where
 run_dir: str = None
 """
 METRICS = "import json, pathlib\npathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'rank': rank}))"
+WARNED = METRICS.replace("rank}", "rank, 'warnings': ['The training loss did not fall.', 'Second sentence.']}")
 FAILURES = {  # cells after the parameters, and the sentence
     "sentence": (["from helpers import WorkbookError", "raise WorkbookError('The file is empty:\\nfill it.')", METRICS],
                  r"The file is empty: fill it\."),
@@ -85,6 +86,7 @@ def books(tmp_path_factory) -> Path:
     report = "import helpers, os, sys\nprint(repr([sys.executable, os.getcwd(), data, rank, rate, limit]), flush=True)"
     save(folder, "good", [report, "print('a problem', file=sys.stderr)", METRICS])
     save(folder, "worker", [WORKER, METRICS])
+    save(folder, "warned", [WARNED])
     fill = "import pathlib\nif not resume:\n    with open(f'{run_dir}/fill', 'wb') as file:\n        file.write(bytes(5_000_000))"
     save(folder, "fills", [fill, METRICS])
     save(folder, "many", ["print('workers', workers, os.environ['NUM_GPU_WORKERS'])"], "import os\nworkers: int = 1")
@@ -93,13 +95,15 @@ def books(tmp_path_factory) -> Path:
     for name, (cells, _) in FAILURES.items():
         save(folder, name, cells)
     entries = {name: {"title": name, "notebook": f"{name}.ipynb", "paths": ["data"], "memory": ["rank"]}
-               for name in ("good", "worker", "fills", *FAILURES)}
+               for name in ("good", "worker", "warned", "fills", *FAILURES)}
     entries["fixed"] = entries["good"] | {"parameters": {"rank": 4}, "check": "test_jobs:refuse_high_rates"}
     entries["preset"] = entries["killed"] | {"memory": ["limit", "rank"], "check": "test_jobs:fill_in"}
     entries["open"] = entries["killed"] | {"memory": ["limit", "rank"]}
     entries["many"] = {"title": "many", "notebook": "many.ipynb", "metrics": False}
     entries["recipe"] = entries["good"] | {"notebook": "recipe.ipynb", "check": "test_jobs:as_the_preset_says"}
-    entries["adapter"] = {"title": "adapter", "notebook": "adapter.ipynb", "metrics": False, "positional": "adapter"}
+    entries["adapter"] = {"title": "adapter", "notebook": "adapter.ipynb", "metrics": False, "positional": "adapter",
+                          "paths": ["adapter"]}
+    entries["recipe"]["outputs"] = ["name"]
     (folder / "jobs.yaml").write_text(json.dumps({"jobs": entries}))  # JSON is YAML
     return folder
 
@@ -197,24 +201,23 @@ BAD = [
     (["good", "-p", "rate=nan"], "rate is 'nan': it must be a number, such as 0.0002."),
     (["good", "-p", "rate=-inf"], "rate is '-inf': it must be a number, such as 0.0002."),
     (["good", "-p", "packed=2"], "packed is '2': it must be true or false."),
-    (["good", "-p", "rank"], "-p takes name=value, such as -p rank=8, not 'rank'."),
+    (["good", "-p", "=8"], "The job good has no parameter ''; there are: {given}."),
     (["good", "-p", "limit=many"], "limit is 'many': it must be a whole number or none."),
     (["good", "-p", "run_dir=/tmp"], "The job good has no parameter 'run_dir'; there are: {given}."),
     (["good", "-p", "resume=1"], "The job good has no parameter 'resume'; there are: {given}."),
     (["recipe", "-p", "rank=8.5"], "rank is '8.5': it must be a whole number or none."),
-    (["fixed", "-p", "rank=8"], "rank is always 4 in the job fixed: choose another job."),
+    (["fixed", "-p", "rank=8"], "rank is always 4 in fixed: choose another job."),
     (["fixed", "-p", "rate=2"], "rate is 2.0: it must be at most 1 beside "
                                 "['data', 'limit', 'packed', 'rank', 'rate', 'resume', 'run_dir']."),
     (["godo"], "There is no job 'godo'; did you mean good (there are: {jobs}, list, run, status)?"),
     (["staus"], "There is no job 'staus'; did you mean status (there are: {jobs}, list, run, status)?"),
     (["good", "--workers", "2"], "The job good has no parameter 'workers'; there are: {given}."),
-    (["many", "--workers", "0"], "workers is 0: --workers or NUM_GPU_WORKERS must be a whole number of at least 1."),
-    (["many", "--workers", "two"], "workers is 'two': it must be a whole number, such as 1."),
+    (["many", "--workers", "0"], "workers is '0': --workers or NUM_GPU_WORKERS must be a whole number above 0."),
+    (["many", "--workers", "two"], "workers is 'two': --workers or NUM_GPU_WORKERS must be a whole number above 0."),
     (["good", "--resume"], "There is no unfinished run of good in {runs}: start one without --resume."),
     (["good", "--resume", "good-1"], "There is no run 'good-1' of good in {runs}; there are: none."),
     (["good", "/"], "The job good has no parameter '/'; there are: {given}."),
-    (["adapter"], "The job adapter needs its adapter: python -m helpers.jobs adapter <path>."),
-    (["status", "good-1"], "There is no run 'good-1'; there are: none."),
+    (["adapter"], "The job adapter needs the path of its adapter: add it."),
 ]
 
 
@@ -236,7 +239,8 @@ def test_the_number_of_workers_in_the_environment(options, command, capsys, monk
     assert not options["runs_dir"].exists()
 
 
-@pytest.mark.parametrize("words", [[], ["run"], ["good", "--wat"], ["list", "it"]])
+@pytest.mark.parametrize("words", [[], ["run"], ["good", "--wat"], ["list", "it"], ["status", "good-1"],
+                                   ["run", "good", "/", "/"], ["good", "-p", "rank"]])
 def test_a_command_line_that_makes_no_sense(command, capsys, words):
     with pytest.raises(SystemExit) as end:
         jobs.main([*words, *command])
@@ -250,6 +254,17 @@ def test_relative_paths_are_those_of_the_caller(options, tmp_path, monkeypatch):
     for job, given, planned in (("good", "rows", f"{tmp_path}/rows"), ("good", "some/hub-id", "some/hub-id"),
                                 ("good", "practice", "practice")):
         assert jobs.plan_job(job, {"data": given}, **options).parameters["data"] == planned
+    plan = jobs.plan_job("recipe", {"name": "new/folder"}, **options)  # an output: nothing is there yet
+    assert plan.parameters["name"] == f"{tmp_path}/new/folder" and plan.command().endswith(" -p name=folder")
+    assert jobs.plan_job("sql", {"adapter_dir": "mine"}, runs_dir=tmp_path).parameters["adapter_dir"] == f"{tmp_path}/mine"
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for name, why in (("a" * 300, "name too long"), ("file", "Not a directory"), (".", "already exists and is not empty")):
+        assert jobs.main(["sql", "--dry-run", f"--runs-dir={tmp_path / 'runs'}", "-p", f"adapter_dir={tmp_path / name}"]) == 2
+        said = capsys.readouterr().err
+        assert why in said and said.count("\n") == 1
 
 
 def test_broken_files_are_named(tmp_path, capsys):
@@ -271,8 +286,8 @@ def test_none_is_as_the_preset_says(books, options, command, capsys):
     assert [(p.name, p.default, p.kind) for p in jobs.read_parameters(books / "recipe.ipynb").values()] == [
         ("rank", None, int), ("rate", None, float), ("name", None, str), ("on", None, bool), ("workers_on", "a # b", str),
         ("run_dir", None, str)]
-    plan = jobs.plan_job("recipe", {"rank": "8", "rate": "none", "name": "a=b", "on": "yes"}, **options)
-    assert plan.parameters == {"rank": 8, "rate": None, "name": "a=b", "on": True, "workers_on": "a # b"}
+    plan = jobs.plan_job("recipe", {"rank": "8", "rate": "none", "name": "/a=b", "on": "yes"}, **options)
+    assert plan.parameters == {"rank": 8, "rate": None, "name": "/a=b", "on": True, "workers_on": "a # b"}
     assert plan.effective.items() >= {"rank": 8, "rate": 16}.items()
     assert jobs.main(["list", *command]) == 0
     assert re.search(r"\n    rank: int = None +r: the adapter's rank \(None: as the preset says\)\n", capsys.readouterr().out)
@@ -347,7 +362,7 @@ def test_a_run_from_elsewhere_with_a_hostile_home(books, tmp_path):
     assert [cell.execution_count for cell in cells] == [1, 2, 3, 4, 5]
     assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "good.ipynb", "log.txt", "metrics.json", "status.json"]
     assert [p for p in home.rglob("*") if p.is_file()] == [spec]
-    with pytest.raises(WorkbookError, match="has succeeded: there is nothing to resume"):
+    with pytest.raises(WorkbookError, match="cannot be resumed: its state is succeeded"):
         run_job("good", resume=status["id"], runs_dir=folder, notebooks_dir=books)
 
 
@@ -389,7 +404,7 @@ def test_a_stopped_run_is_interrupted_and_leaves_no_process(options, command, na
     process, pids = start_worker(command)
     [status] = runs.list_runs(options["runs_dir"])
     assert status["state"] == "running" and "pids" in (options["runs_dir"] / status["id"] / "log.txt").read_text()
-    with pytest.raises(WorkbookError, match=f"is still running .process {process.pid} "):
+    with pytest.raises(WorkbookError, match=f"its state is running .process {process.pid} "):
         run_job("worker", resume=status["id"], **options)
     process.send_signal(getattr(signal, name))
     _, err = process.communicate(timeout=20)
@@ -481,9 +496,15 @@ def test_a_status_that_cannot_be_read_is_named(run_dir, command, capsys):
     assert f"{run_dir}/status.json cannot be read" in capsys.readouterr().err
 
 
-def test_one_status_is_json(run_dir, command, capsys):
-    assert jobs.main(["status", run_dir.name, *command]) == 0
-    assert json.loads(capsys.readouterr().out)["state"] == "running"
+def test_a_warning_of_the_training_is_shown(options, command, capsys):
+    """training puts the sentences into the metrics; a run without them, or one that failed, has none."""
+    assert jobs.main(["warned", *command]) == 0
+    said = "The training loss did not fall. Second sentence."
+    assert capsys.readouterr().err == f"Warning: {said}\n"
+    assert jobs.main(["good", *command]) == 0 and "Warning" not in capsys.readouterr().err
+    assert [status["warning"] for status in runs.list_runs(options["runs_dir"])] == [said, None]
+    assert jobs.main(["status", *command]) == 0
+    assert re.search(rf"\nwarned-\S+ +succeeded .*  {said}\n", capsys.readouterr().out)
 
 
 def test_a_full_disk_fails_the_run_and_the_status_says_so(run_dir, options):
