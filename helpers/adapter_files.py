@@ -1,11 +1,8 @@
 """Adapter folders: find them, and check them before anything in them is trusted.
 
-An adapter folder comes from anywhere: a job, a hub, a colleague. Only JSON and safetensors are
-opened, sizes are bounded before anything is read, links are not followed, and every tensor is
-compared with the base model's own layers.
+Only JSON and safetensors are opened, sizes are bounded before anything is read, links are not
+followed, and every tensor is compared with the base model's own layers.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -14,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from safetensors import SafetensorError
@@ -28,41 +25,26 @@ PREBUILT = ROOT / "adapters" / "prebuilt"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_RANK, MAX_JSON_BYTES = 1024, 1_000_000
 MAX_HEADER_BYTES = 10_000_000  # an adapter of 210 layers has a header of 55 kB
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Settings of PEFT's LoraConfig that change nothing when a trained adapter is only used.
+# Settings of PEFT's LoraConfig that change nothing when a trained adapter is only used, and those
+# that may have some values. Any other one must be empty: DoRA, biases, layers of different rank …
 _IGNORED = {
     "base_model_name_or_path", "revision", "peft_version", "inference_mode", "r", "lora_alpha",
     "lora_dropout", "target_modules", "use_rslora", "megatron_core", "qalora_group_size",
     "loftq_config", "eva_config", "lora_ga_config"}
-# Settings that may have some values, and what an adapter with another one is.
 _ALLOWED = {
-    "peft_type": (("LORA",), "is of the kind {}: this workbook runs LoRA adapters"),
-    "task_type": ((None, "CAUSAL_LM"), "was made for {}: this workbook runs language models"),
-    "init_lora_weights": (
-        (None, True, False, "gaussian", "eva", "orthogonal"),
-        "was initialised with {}, which changes the base model's own weights: save it converted to "
-        "plain LoRA (PEFT's path_initial_model_for_weight_conversion)"),
-    "bias": ((None, "none"), "uses bias (trained biases): train it with bias='none'")}
-# Settings that must be empty, and what each would mean here. One that nobody knows is refused too.
-_UNSUPPORTED = {
-    "use_dora": "DoRA: magnitudes of whole layers, which rule out mixed batches",
-    "rank_pattern": "layers of different rank", "alpha_pattern": "layers of different alpha",
-    "modules_to_save": "whole retrained modules", "lora_bias": "trained biases",
-    "layer_replication": "repeated layers of the base model",
-    "layers_to_transform": "only some layers", "trainable_token_indices": "retrained tokens",
-    "auto_mapping": "a class to import from another package",
-    "target_parameters": "parameters outside linear layers", "fan_in_fan_out": "transposed weights"}
+    "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": (None, "none"),
+    # PiSSA, OLoRA and others change the base model's own weights.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """A checked adapter. `name` is unique among what `discover` finds; `title` is for people.
+    """A checked adapter: a layer's update is ``scaling * B @ A``, A [rank, in], B [out, rank].
 
-    rank and alpha: a layer's update is ``scaling * B @ A``, A of shape [rank, in], B [out, rank].
-    modules: full names of the adapted linear layers; parameters: trained numbers; bytes and sha256:
-    of the weights file; metrics: the content of metrics.json, or None; verified: the metrics hold
-    the weights' SHA-256 (it then matched).
+    name: unique among what `discover` finds; title: for people; modules: full names of the adapted
+    linear layers; parameters: trained numbers; bytes and sha256: of the weights file; verified:
+    metrics.json holds that SHA-256; metrics: its content, or None.
     """
 
     name: str
@@ -97,22 +79,15 @@ class AdapterInfo:
 
 
 def read_adapter(folder: Path | str, base_name: str = EMBEDDED) -> AdapterInfo:
-    """Check an adapter folder against a base model and say what is in it. Nothing of it is run.
+    """Check an adapter folder, in PEFT's form, against a base model and say what is in it.
 
-    folder: with adapter_config.json and adapter_model.safetensors in PEFT's form, and metrics.json
-    if there is one. Raises WorkbookError, one sentence that names the folder: for an adapter of
-    another base model; missing, extra, misshapen or non-finite tensors; a rank that is not the
-    config's; a target module that the base lacks; pickled, cut or changed weights; links that
-    leave the folder; a kind of adapter that this workbook does not run.
+    Nothing of it is run. Raises WorkbookError: one sentence with the folder and what is wrong.
     """
     return read_tensors(folder, base_name)[0]
 
 
 def read_tensors(folder: Path | str, base_name: str = EMBEDDED) -> tuple[AdapterInfo, dict]:
-    """The AdapterInfo of a folder and its tensors by name, checked as by `read_adapter`.
-
-    The files are read once: what is used is what was checked.
-    """
+    """As `read_adapter`, with the tensors by name. What is used is what was checked: one read."""
     try:
         return _read(Path(folder), base_name)
     except (_Fault, OSError) as error:
@@ -133,38 +108,30 @@ def discover(base_name: str = EMBEDDED, prebuilt: Path | None = None,
     """All adapters of ``adapters/prebuilt`` and of `custom_adapters_dir`, checked.
 
     The reader's own are named ``custom/<folder>`` and titled ``Custom: <folder>``. A folder that
-    cannot be used is reported and does not hide the others. Folders without adapter files, and
-    hidden ones (half-published), are passed over.
+    cannot be used is reported. One without adapter files, or hidden (half-published), is passed by.
     """
     found, problems = [], {}
     for root, prefix, label in ((Path(prebuilt or PREBUILT), "", ""),
                                 (Path(custom or custom_adapters_dir()), "custom/", "Custom: ")):
         for folder in sorted(root.glob("[!.]*")):
-            name = prefix + folder.name
+            name, about = prefix + folder.name, f"The adapter in {folder}"
             try:
-                if _holds_adapter(folder, root):
+                if folder.is_symlink():
+                    problems[name] = f"{about} is a link to another place: copy the folder here."
+                elif folder.is_dir() and any(
+                        path.name.startswith("adapter_") for path in folder.iterdir()):
                     info = read_adapter(folder, base_name)
                     found.append(replace(info, name=name, title=label + folder.name))
             except WorkbookError as problem:
                 problems[name] = str(problem)
             except OSError as error:
-                problems[name] = f"The folder {folder} cannot be read ({error}): remove or mend it."
+                problems[name] = f"{about} cannot be read ({error}): remove or mend it."
     return Discovered(found, problems)
-
-
-def _holds_adapter(folder: Path, root: Path) -> bool:
-    if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
-        raise WorkbookError(f"The adapter in {folder} is a link to another place: copy it there.")
-    return folder.is_symlink() or (
-        folder.is_dir() and any(path.name.startswith("adapter_") for path in folder.iterdir()))
 
 
 @lru_cache(maxsize=8)
 def layer_shapes(base_name: str = EMBEDDED) -> dict[str, tuple[int, int]]:
-    """The linear layers of a base model's blocks, ``{full name: (out features, in features)}``.
-
-    No weights are read. The answer is kept: do not change it.
-    """
+    """The linear layers of a base model's blocks, ``{full name: (out, in)}``. Do not change it."""
     folder = base_models.fetch(base_name, quiet=True)
     with torch.device("meta"):  # shapes only
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -188,16 +155,14 @@ def _need(condition, otherwise: str) -> None:
 def _read(folder: Path, base_name: str) -> tuple[AdapterInfo, dict]:
     if not folder.is_dir():
         raise WorkbookError(f"There is no adapter folder {folder}: check the path.")
-    name, base = folder.resolve().name, resolve(base_name)
+    name = folder.resolve().name
     if not re.fullmatch(r"\w[\w .+@=-]{0,99}", name):
         raise WorkbookError(f"The adapter folder name {name!r:.80} cannot be shown safely: rename "
                             "it with letters, digits, dots and dashes (at most 100).")
     config = _read_json(folder, CONFIG)
     _check_settings(config)
-    trained_on, rank = config.get("base_model_name_or_path"), config["r"]
-    _need(trained_on and trained_on in (base.hub_id, base.name), "belongs to the base model "
-          f"{trained_on!r:.80}, not to {base.hub_id or base.name}: load it on its own base model")
-    modules = _target_modules(config.get("target_modules"), base_name)
+    _check_base(config, base_name)
+    modules, rank = _target_modules(config.get("target_modules"), base_name), config["r"]
     content, tensors = _read_weights(folder, rank, modules)
     metrics = _read_json(folder, METRICS) if os.path.lexists(folder / METRICS) else None
     noted, digest = (metrics or {}).get("weights_sha256"), hashlib.sha256(content).hexdigest()
@@ -217,10 +182,10 @@ def _open_itself(path: str, flags: int) -> int:
 
 def _read_file(folder: Path, name: str, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes that really lies in the folder."""
-    path, cannot = folder / name, f"cannot be used, because its {name}"
+    path = folder / name
     _need(os.path.lexists(path), f"has no {name}: copy the whole folder again")
-    _need(not path.is_symlink(), f"{cannot} is a link to another place: put the file itself there")
-    _need(path.is_file(), f"{cannot} is not an ordinary file: put the file itself there")
+    _need(path.is_file() and not path.is_symlink(), f"cannot be used, because its {name} is a link "
+          "to another place or not an ordinary file: put the file itself there")
     with open(path, "rb", opener=_open_itself) as file:
         content = file.read(limit + 1)
     _need(len(content) <= limit, f"has a {name} of more than the {limit:,} bytes that it could "
@@ -238,13 +203,13 @@ def _read_json(folder: Path, name: str) -> dict:
 
 
 def _check_settings(config: dict) -> None:
-    for key, (allowed, sentence) in _ALLOWED.items():
-        _need(config.get(key) in allowed, sentence.format(f"{config.get(key)!r:.80}"))
-    for key, value in config.items():
-        known = key in _IGNORED or key in _ALLOWED
-        what = f"uses {key} ({_UNSUPPORTED[key]})" if key in _UNSUPPORTED else \
-            f"has the unknown setting {key!r:.80}"
-        _need(known or not value, f"{what}, which is not run here: train it as plain LoRA")
+    for key, value in {"peft_type": None, **config}.items():
+        runs = value in _ALLOWED[key] if key in _ALLOWED else key in _IGNORED or not value
+        if key == "auto_mapping" and isinstance(value, dict):  # PEFT and Unsloth note the base
+            library = str(value.get("parent_library"))  # model's class; nothing is imported
+            runs = re.fullmatch(r"transformers(\.\w+)*", library) and "base_model_class" in value
+        _need(runs, f"uses the setting {key!r:.80} ({value!r:.80}), which is not run here: train "
+              "it, or have PEFT convert it, as plain LoRA of a causal language model")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     _need(type(rank) is int and 1 <= rank <= MAX_RANK, f"says that its rank r is {rank!r:.80}: it "
           f"must be a whole number from 1 to {MAX_RANK}")
@@ -252,39 +217,56 @@ def _check_settings(config: dict) -> None:
           f"says that lora_alpha is {alpha!r:.80}: it must be a number above 0, at most a million")
 
 
+_revision_of = lru_cache(maxsize=8)(base_models.revision_of)  # it reads all of a folder's weights
+
+
+def _check_base(config: dict, base_name: str) -> None:
+    """The base model's weights decide, if the config notes their hash as this workbook does; else
+    its name: a hub id, or a path that ends with the folder's name."""
+    base, named = resolve(base_name), str(config.get("base_model_name_or_path") or "")
+    noted, revision = str(config.get("revision")), ""
+    if re.fullmatch("(gguf-)?sha256-[0-9a-f]+", noted):
+        revision = _revision_of(base_name)
+        if noted == revision:
+            return
+    if base.folder:
+        named = PureWindowsPath(named).name  # what follows the last / or \
+    _need(named in (base.hub_id, base.name), "belongs to the base model "
+          f"{config.get('base_model_name_or_path')!r:.80}, not to {base.hub_id or base.name}: load "
+          "it on its own base model")
+    _need(not (noted.startswith("sha256-") and revision.startswith("sha256-")), "was trained on "
+          f"other weights of {base.name} ({noted:.80}, not {revision}): load it on those")
+
+
 def _target_modules(named, base_name: str) -> dict[str, tuple[int, int]]:
     """The base model's layers that a config names, as PEFT matches them, with their shapes."""
     layers = layer_shapes(base_name)
     _need(isinstance(named, list) and named and all(isinstance(name, str) for name in named),
           f"has target_modules {named!r:.80}: it must be a list of names (a pattern is not run)")
-    chosen, known = set(), ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
+    known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
     for name in named:
-        found = [layer for layer in layers if f".{layer}".endswith(f".{name}")]
-        _need(found, f"targets the module {name!r:.80}, which {base_name} lacks: it has {known}")
-        chosen.update(found)
-    return {layer: shape for layer, shape in layers.items() if layer in chosen}
+        _need(any(f".{layer}".endswith(f".{name}") for layer in layers),
+              f"targets the module {name!r:.80}, which {base_name} lacks: it has {known}")
+    endings = tuple(f".{name}" for name in named)
+    return {layer: shape for layer, shape in layers.items() if f".{layer}".endswith(endings)}
 
 
 def _read_weights(folder: Path, rank: int, modules: dict) -> tuple[bytes, dict]:
     """The file's bytes and its tensors, if they are exactly the modules' own, and finite."""
-    if not os.path.lexists(folder / WEIGHTS):
-        for path in sorted(folder.iterdir()):
-            _need(path.suffix not in _PICKLED, f"holds pickled weights ({path.name}), which can "
-                  f"run code when they are opened: have whoever made it save {WEIGHTS}")
+    pickled, again = "adapter_model.bin", "copy the whole folder again"
+    _need(os.path.lexists(folder / WEIGHTS) or not (folder / pickled).exists(),
+          f"holds pickled weights ({pickled}), which can run code when they are opened: have "
+          f"whoever made it save {WEIGHTS}")
     expected = {}
     for module, (out, into) in modules.items():
         expected[f"base_model.model.{module}.lora_A.weight"] = [rank, into]
         expected[f"base_model.model.{module}.lora_B.weight"] = [out, rank]
     numbers = sum(math.prod(shape) for shape in expected.values())
     content = _read_file(folder, WEIGHTS, 4 * numbers + MAX_HEADER_BYTES)
-    header = int.from_bytes(content[:8], "little")
-    damaged, again = f"has a damaged or cut {WEIGHTS}", "copy the whole folder again"
-    _need(header <= min(len(content), MAX_HEADER_BYTES),
-          f"{damaged} (its header claims {header:,} bytes of {len(content):,}): {again}")
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise _Fault(f"{damaged} ({error!s:.100}): {again}") from error
+        raise _Fault(f"has a damaged or cut {WEIGHTS} ({error!s:.100}): {again}") from error
     missing = sorted(expected.keys() - tensors.keys())
     _need(not missing, f"lacks {len(missing)} tensors, one is {missing[:1]!r:.100}: {again}")
     for name, tensor in sorted(tensors.items()):

@@ -1,7 +1,5 @@
 """The bank: one base model in memory, adapters on it, and a swap that copies nothing."""
 
-from __future__ import annotations
-
 import threading
 import time
 from contextlib import contextmanager
@@ -26,30 +24,29 @@ class AdapterBank:
 
     PEFT's layers hold every adapter's A and B and one field that names the active ones. Here that
     field is one list, which all layers share: `swap` writes into it. One lock guards the model: a
-    swap waits for the answer that is being written, so that no answer mixes two adapters. Adapter
-    None is the base model itself. adapters: those that are loaded, by name; active: the one that
-    acts; base_bytes: memory of the base model.
+    swap waits for the answer that is being written. Adapter None is the base model itself.
+    adapters: the loaded ones, by name; active: the one that acts; base_bytes: the base's memory.
     """
 
     def __init__(self, base_name: str = EMBEDDED, precision: str = "full", device=None, dtype=None):
         """Load the base model (precision, device, dtype and errors: see base_models.load)."""
         self.base_name = base_name
-        self.model, self.tokenizer = base_models.load(base_name, precision, device, dtype)
+        self._base, self.tokenizer = base_models.load(base_name, precision, device, dtype)
+        self.model = self._base  # in PEFT's wrapper while there are adapters
         self.base_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.adapters: dict[str, AdapterInfo] = {}
         self.active: str | None = None
         self._pointer: list[str] = []  # PEFT's name of the active adapter
         self._layers: list[LoraLayer] = []
-        self._joined = None, []  # of the last mixed batch: its adapters, and layers side by side
         self._lock = threading.RLock()
 
     # --- which adapters are here
 
     def load(self, info: AdapterInfo) -> float:
-        """Read an adapter again, check it again, and put it beside the others. Returns seconds.
+        """Read and check an adapter again and put it beside the others. Returns seconds.
 
-        Raises WorkbookError as `read_adapter` does, or when one of that name is loaded. The bank is
-        then as before, and so it is after an interrupt.
+        Raises WorkbookError as `read_adapter`, or when one of that name is loaded. The bank is then
+        (and after an interrupt) as before.
         """
         start = time.perf_counter()
         if info.name in self.adapters:
@@ -76,10 +73,8 @@ class AdapterBank:
             self._remove(key)
 
     def sync(self, found: list[AdapterInfo]) -> dict[str, str]:
-        """Make the loaded adapters those of `found`: load what is new or changed, unload the rest.
-
-        Returns the problems by name: a broken adapter does not keep the others from working.
-        """
+        """Make the loaded adapters those of `found`. Returns the problems by name: a broken adapter
+        does not keep the others from working."""
         problems, wanted = {}, {info.name: info for info in found}
         for name, info in list(self.adapters.items()):
             if wanted.get(name) != info:
@@ -98,19 +93,18 @@ class AdapterBank:
 
     def key(self, name: str | None) -> str:
         """PEFT's name of a loaded adapter (``__base__``: no adapter), as in `adapter_names`."""
-        if name is not None and name not in self.adapters:
-            raise WorkbookError(f"No adapter {name!r} is loaded: there are "
-                                f"{', '.join(self.adapters) or 'none'}.")
+        if name not in (None, *self.adapters):
+            known = ", ".join(self.adapters) or "none"
+            raise WorkbookError(f"No adapter {name!r} is loaded: there are {known}.")
         return "__base__" if name is None else _key(name)
 
     def _add(self, key: str, config: LoraConfig, modules: tuple[str, ...], tensors: dict) -> None:
-        """Put an adapter into its own layers.
-
-        PEFT 0.21 compares every module of all resident adapters with every adapted layer: to load
-        100 took seven times as long that way.
-        """
-        if isinstance(self.model, PeftModel):
-            base = self.model.get_base_model()
+        """Put an adapter into its own layers. PEFT 0.21's way compares every module of all adapters
+        with every adapted layer: to load 100 took seven times as long."""
+        base = self._base
+        if self.model is base:
+            self.model = PeftModel(base, config, key, low_cpu_mem_usage=True).eval()
+        else:
             self.model.peft_config[key] = config
             with init_empty_weights():
                 for name in modules:
@@ -118,9 +112,6 @@ class AdapterBank:
                     self.model.base_model._create_and_replace(
                         config, key, base.get_submodule(name), last, base.get_submodule(parent),
                         current_key=name)
-        else:
-            self.model = PeftModel(self.model, config, key, low_cpu_mem_usage=True).eval()
-            base = self.model.get_base_model()
         layers = [base.get_submodule(name) for name in modules]
         for name, layer in zip(modules, layers, strict=True):
             (layer if layer.training else layer.lora_dropout[key]).eval()  # what is new of it
@@ -139,21 +130,18 @@ class AdapterBank:
             self.model.active_adapter = _key(next(iter(self.adapters)))
             self._share(self._layers)
             return
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        for name, module in list(base.named_modules()):
+        for name, module in list(self._base.named_modules()):
             if isinstance(module, LoraLayer):
-                base.set_submodule(name, module.base_layer)
-        vars(base).pop("peft_config", None)
-        self.model = base  # PEFT's wrapper does not run without an adapter
+                self._base.set_submodule(name, module.base_layer)
+        vars(self._base).pop("peft_config", None)
+        self.model = self._base  # PEFT's wrapper does not run without an adapter
         self._share([])
 
     # --- the swap
 
     def swap(self, name: str | None) -> float:
-        """Make an adapter (None: the base model alone) the active one. Returns the seconds it took.
-
-        Waits for an answer that is being written. Raises WorkbookError for an unknown adapter.
-        """
+        """Make an adapter (None: the base model) the active one, after the answer that is being
+        written. Returns the seconds it took. Raises WorkbookError for an unknown adapter."""
         with self._lock:
             key = self.key(name)  # under the lock: a refresh in another thread may just unload it
             start = time.perf_counter()
@@ -165,7 +153,7 @@ class AdapterBank:
 
     def _share(self, layers: list[LoraLayer]) -> None:
         """Let all layers, and no others, see the pointer to the active adapter."""
-        self._layers, self._joined = layers, (None, [])
+        self._layers = layers
         self._pointer[:] = () if self.active is None else (_key(self.active),)
         for layer in layers:
             layer._active_adapter = self._pointer
@@ -191,16 +179,10 @@ class AdapterBank:
         """
         with self._lock:
             rows = [self.key(name) for name in names for _ in range(copies)]
-            keys = [key for key in dict.fromkeys(rows) if key != "__base__"]
-            if self._joined[0] != keys:
-                self._joined = keys, [_join(layer, keys) for layer in self._layers]
-            head, masks = self.model.get_output_embeddings(), {}
+            head = self.model.get_output_embeddings()
             try:
-                for layer, (owners, a, b) in zip(self._layers, self._joined[1], strict=True):
-                    if owners not in masks:
-                        mask = [[[float(owner == key) for owner in owners]] for key in rows]
-                        masks[owners] = torch.tensor(mask, device=self.model.device)
-                    layer.forward = _mixed_forward(layer.base_layer, a, b, masks[owners])
+                for layer in self._layers:
+                    layer.forward = _mixed_forward(layer, rows)
                 head.forward = _few_rows(head)
                 yield self.model
             finally:
@@ -211,11 +193,9 @@ class AdapterBank:
 
     def generate(self, prompt: str, adapter: str | None = None, settings: Settings = GREEDY,
                  on_text=None, stop: threading.Event | None = None) -> Answer:
-        """One answer. on_text: called with the text so far after each token (beams: once).
-
-        `stop` ends it at the next token. The adapter stays active. Raises WorkbookError for
-        settings out of range or a prompt that is empty or too long, and what `on_text` raises.
-        """
+        """One answer. The adapter stays active. on_text: called with the text so far after each
+        token (beams: once). `stop` ends it at the next token. Raises WorkbookError for settings out
+        of range or a prompt that is empty or too long, and what `on_text` raises."""
         tell = on_text and (lambda texts: on_text(texts[0]))
         with self._lock:
             seconds = self.swap(adapter)
@@ -232,14 +212,13 @@ class AdapterBank:
     def _write(self, prompts, adapters, settings: Settings, on_text, stop, swap_seconds=0.0):
         settings.check()
         if not prompts or not all(prompt and is_text(prompt) for prompt in prompts):
-            raise WorkbookError("The prompt is empty or no text (it holds NUL or half a surrogate "
-                                "pair): write one or choose a sample.")
+            raise WorkbookError("The prompt is empty or no text: write one or choose a sample.")
         width = max(map(len, self.tokenizer(prompts, add_special_tokens=False)["input_ids"]))
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit and width + settings.max_new_tokens > limit:
-            raise WorkbookError(f"The prompt has {width:,} tokens and up to "
-                                f"{settings.max_new_tokens:,} new ones are wanted, together more "
-                                f"than the {limit:,} that this base model reads: shorten one.")
+            raise WorkbookError(f"The prompt's {width:,} tokens and {settings.max_new_tokens:,} "
+                                f"new ones are more than the {limit:,} that this base model "
+                                "reads: shorten one.")
         stop_text, tell = (settings.stop, on_text) if settings.beams == 1 else ("", None)
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
@@ -258,33 +237,28 @@ def _key(name: str) -> str:
 
 # --- the layers of a mixed batch
 
-def _join(layer: LoraLayer, keys: list[str]):
-    """A layer's adapters side by side: whose each column is, A [sum of ranks, in], scaled B.T."""
-    here = [key for key in keys if key in layer.lora_A]
-    if not here:
-        return (), None, None
-    a = torch.cat([layer.lora_A[key].weight for key in here])
-    b = torch.cat([layer.lora_B[key].weight.T * layer.scaling[key] for key in here])
-    return tuple(key for key in here for _ in range(layer.r[key])), a, b
-
-
-def _mixed_forward(base_layer, a, b, mask):
-    base = _few_rows(base_layer)
+def _mixed_forward(layer: LoraLayer, rows: list[str]):
+    """A layer's forward for a batch; rows: PEFT's name of each row's adapter."""
+    base = _few_rows(layer.base_layer)
+    keys = [key for key in dict.fromkeys(rows) if key in layer.lora_A]
+    if not keys:
+        return base
+    a = torch.cat([layer.lora_A[key].weight for key in keys])  # [sum of ranks, in]
+    b = torch.cat([layer.lora_B[key].weight.T * layer.scaling[key] for key in keys])
+    masks = [torch.tensor([float(row == key) for row in rows]).expand(layer.r[key], -1)
+             for key in keys]
+    mask = torch.cat(masks).T[:, None].to(a.device)  # [rows, 1, sum of ranks]
 
     def forward(x):
         result = base(x)
-        if a is None:  # none of the batch's adapters has this layer
-            return result
         return result + ((x.to(a.dtype) @ a.T) * mask @ b).to(result.dtype)
 
     return forward
 
 
 def _few_rows(layer):
-    """A layer's forward; if it is linear, in float32 and on a CPU, one that is faster for few rows.
-
-    For 2 to 16, MKL takes ``(W @ x.T).T`` in half the time of ``x @ W.T`` (AVX2, torch 2.13).
-    """
+    """A layer's forward; for a float32 linear layer on a CPU, one that is faster for 2 to 16 rows:
+    MKL takes ``(W @ x.T).T`` in half the time of ``x @ W.T`` (AVX2, torch 2.13)."""
     weight, bias = layer.weight, layer.bias
     known = type(layer) is torch.nn.Linear and weight.dtype == torch.float32
     if not known or weight.device.type != "cpu":

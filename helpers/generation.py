@@ -1,7 +1,5 @@
 """Generation: answers are written in batches, until the model, a text or a person ends them."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +16,8 @@ from helpers import check_numbers
 class Settings:
     """How an answer is generated: greedily, unless `sample`.
 
-    max_new_tokens: in tokens; temperature, top_p and top_k (0: off) shape the draw of a sample;
-    beams: of a beam search (1: none); repetition_penalty: Keskar et al. 2019, arXiv:1909.05858,
-    section 4.1 (1: none); seed: of the draws; stop: text that ends an answer ("": none does).
+    top_k: 0 is off; beams: of a beam search (1: none); repetition_penalty: Keskar et al. 2019,
+    arXiv:1909.05858, section 4.1 (1: none); stop: text that ends an answer ("": none does).
     """
 
     max_new_tokens: int = 64
@@ -42,17 +39,16 @@ class Settings:
 
     def options(self) -> dict:
         """Arguments of transformers' generate: all of them, so that no model's defaults leak in."""
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample,
-                   "num_beams": self.beams, "repetition_penalty": float(self.repetition_penalty)}
-        if not self.sample:  # the library's own neutral values
-            return {**options, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        return {**options, "temperature": float(self.temperature), "top_p": float(self.top_p),
-                "top_k": self.top_k}
+        draw = self if self.sample else Settings(temperature=1.0, top_p=1.0, top_k=50)  # neutral
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample,
+                "num_beams": self.beams, "repetition_penalty": float(self.repetition_penalty),
+                "temperature": float(draw.temperature), "top_p": float(draw.top_p),
+                "top_k": draw.top_k}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer. adapter: None is the base model; tokens: without the end-of-text token;
+    """One answer. adapter: None is the base model; tokens: without the end-of-text token;
     first_token_seconds and seconds: since its batch began; stopped: by a person."""
 
     adapter: str | None
@@ -113,12 +109,12 @@ def write_batch(model, tokenizer, prompts: list[str], stop_text: str = "",
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad, width = tokenizer.pad_token_id, batch["input_ids"].shape[1]
-    options = {"pad_token_id": pad, "eos_token_id": sorted(ends) or None, **options}
-    watch = Watch(tokenizer, width, stop_text, on_text, halt)
+    watch = _Watch(tokenizer, width, stop_text, on_text, halt)
     with torch.inference_mode():
         output = model.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            stopping_criteria=StoppingCriteriaList([watch]), **options)
+            stopping_criteria=StoppingCriteriaList([watch]),
+            **{"pad_token_id": pad, "eos_token_id": sorted(ends) or None, **options})
     seconds, answers = time.perf_counter() - watch.start, []
     for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True):
         tokens = next((i for i, token in enumerate(row) if token in ends | {pad}), len(row))
@@ -128,13 +124,10 @@ def write_batch(model, tokenizer, prompts: list[str], stop_text: str = "",
     return answers
 
 
-class Watch(StoppingCriteria):
-    """Called after each token: tells the texts so far, and says which rows end.
+class _Watch(StoppingCriteria):
+    """Called after each token: tells the texts so far, and says which rows end."""
 
-    It runs within `generate`, in its caller's thread: an exception of `on_text` reaches the caller.
-    """
-
-    def __init__(self, tokenizer, width: int, stop_text: str = "", on_text=None, halt=None):
+    def __init__(self, tokenizer, width, stop_text, on_text, halt):
         self.tokenizer, self.width, self.stop_text = tokenizer, width, stop_text
         self.on_text, self.halt, self.stopped = on_text, halt, False
         self.start, self.first_seconds = time.perf_counter(), 0.0
@@ -156,9 +149,6 @@ class Watch(StoppingCriteria):
 
 @lru_cache(maxsize=100_000)
 def _may_end(tokenizer, stop_text: str, token: int) -> bool:
-    """Whether a token holds the stop text's last character, or bytes that may be a part of it.
-
-    It is decoded twice over, since some tokenizers drop the blank before a text's first token.
-    """
-    text = tokenizer.decode([token, token])
+    """Whether a token holds the stop text's last character, or bytes that may be a part of it."""
+    text = tokenizer.decode([token, token])  # twice: some drop the blank before the first token
     return stop_text[-1] in text or "\ufffd" in text
