@@ -223,17 +223,24 @@ def open_lab(browser, server) -> Page:
     return shown
 
 
+CONNECTED = """() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel
+    ?.connectionStatus === 'connected'"""
+
+
 def run_first_cell(page) -> None:
-    """Run it until it has an execution count: JupyterLab drops a cell without a word while its kernel is not ready."""
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+    """Run it until it has an execution count.
+
+    JupyterLab shows "idle" before there is a kernel. A cell that is run then asks which kernel to take, or is dropped.
+    """
+    page.wait_for_function(CONNECTED)
     prompt = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").first
     deadline = time.monotonic() + PATIENCE / 1000
     while not re.search(r"\d", prompt.inner_text()):
-        assert time.monotonic() < deadline, f"the cell was not run: {prompt.inner_text()}"
+        assert time.monotonic() < deadline, f"the cell was not run: {page.locator('body').inner_text()[-2000:]}"
         page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
         page.keyboard.press("Control+Enter")
         time.sleep(2)
-        running = time.monotonic() + 60  # an answer can be lost too
+        running = time.monotonic() + 60
         while "*" in prompt.inner_text() and time.monotonic() < running:
             time.sleep(0.2)
 
