@@ -45,13 +45,8 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     Raises WorkbookError for bad data, a full disk, too little memory, or a folder of another run.
     """
     run_dir = Path(run_dir)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not distributed.is_initialized():
-        raise WorkbookError(f"WORLD_SIZE is {world} in the environment, but this process is in no "
-                            "group of workers: unset RANK and WORLD_SIZE, or start the workers "
-                            "with --workers.")
-    _open_run(config, run_dir, world, resume)
     check_fits(config, model)
+    _open_run(config, run_dir, world_size(), resume)
     set_seed(config.seed)
     encoded, left_out = data.encode_rows(tokenizer, get_task(config.task), rows.rows,
                                          config.max_length)
@@ -127,6 +122,17 @@ def load_inputs(config: FineTuneConfig):
     rows = data.load_rows(config.task, config.data, "train", most, config.data_fraction,
                           config.seed)
     return rows, *base_models.load(config.base_model, config.precision)
+
+
+def world_size() -> int:
+    """How many workers train. Raises WorkbookError where another launcher's variables say more."""
+    if distributed.is_initialized():
+        return distributed.get_world_size()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise WorkbookError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but "
+                            "this process is in no group of workers: unset RANK and WORLD_SIZE, "
+                            "or start the workers with --workers.")
+    return 1
 
 
 def is_main() -> bool:
@@ -209,7 +215,6 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict],
     sees the prompt tokens that generation will; gradient checkpointing is off unless asked for;
     rows of like length share a batch; and the output head only computes the places that are scored.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     packed = config.packing != "none"
     dataset = make_dataset(config, encoded)
     collator = data.Collator(tokenizer.pad_token_id)
@@ -226,9 +231,9 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict],
     if config.compile:
         recorded.compile_blocks(model, dynamic=not packed)
         summed = torch.compile(summed_cross_entropy, dynamic=not packed)
-        if bfloat16 and recorded.records_steps(config, world, model.config.model_type):
+        if bfloat16 and recorded.records_steps(config, world_size(), model.config.model_type):
             kind = recorded.RecordedTrainer
-    return kind(model=lora_model, args=_arguments(config, len(dataset), world, run_dir),
+    return kind(model=lora_model, args=_arguments(config, len(dataset), run_dir),
                 train_dataset=dataset, processing_class=tokenizer, data_collator=collator,
                 bfloat16=bfloat16, summed=summed)
 
@@ -253,9 +258,9 @@ def _with_lora(config: FineTuneConfig, model):
         task_type="CAUSAL_LM", target_modules=check_fits(config, model)))
 
 
-def _arguments(config: FineTuneConfig, rows: int, world: int, run_dir: Path) -> SFTConfig:
+def _arguments(config: FineTuneConfig, rows: int, run_dir: Path) -> SFTConfig:
     cuda = torch.cuda.is_available()
-    rows_a_step = config.batch_size * config.gradient_accumulation * world
+    rows_a_step = config.batch_size * config.gradient_accumulation * world_size()
     steps = config.max_steps or max(1, math.ceil(config.epochs * rows / rows_a_step))
     # About 100 losses a run. A checkpoint stands where a loss is logged: otherwise a resumed run
     # would log the mean of fewer steps.

@@ -82,3 +82,9 @@ def test_hooks_and_container_are_those_that_contributing_describes():
     assert hooks[0]["rev"] == f"v{pins['ruff']}"
     container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
     assert container["postCreateCommand"] == "make setup"
+
+
+def test_helpers_stay_small():
+    """Files, functions, lines and inner imports within their limits: `python tests/tools/size.py` shows the figures."""
+    result = subprocess.run([sys.executable, "tests/tools/size.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
