@@ -280,11 +280,11 @@ def _read_weights(folder: Path, rank: int, modules: dict) -> tuple[bytes, dict]:
     header = int.from_bytes(content[:8], "little")
     damaged, again = f"has a damaged or cut {WEIGHTS}", "copy the whole folder again"
     _need(header <= min(len(content), MAX_HEADER_BYTES),
-          f"{damaged} (its header claims {header:,} bytes of {len(content):,}): {again}")
+          f"{damaged} (its header claims {header:,} bytes of {len(content):,}): copy it again")
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise _Fault(f"{damaged} ({error!s:.100}): {again}") from error
+        raise _Fault(f"{damaged} ({error!s:.100}): copy the file again") from error
     missing = sorted(expected.keys() - tensors.keys())
     _need(not missing, f"lacks {len(missing)} tensors, one is {missing[:1]!r:.100}: {again}")
     for name, tensor in sorted(tensors.items()):
