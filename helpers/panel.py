@@ -256,7 +256,9 @@ class Panel:
             self.history.append(panel_html.history_entry(task.name, mode, answer, text, settings))
         self.history_view.value = panel_html.history_table(self.history)
         ended = "stopped" if self._stop.is_set() else "done"
-        return f"{ended} ({len(self.history)} answers so far)"
+        said = f"{ended} ({len(self.history)} answers so far)"
+        swaps = ", ".join(f"{1e3 * answer.swap_seconds:.3f} ms" for answer in answers)
+        return said if mode == ALL else f"{said}; swaps took {swaps}"
 
     def _grow(self, texts: list[str]) -> None:
         for shown, text in zip(self.cards.children, texts, strict=True):
