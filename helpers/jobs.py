@@ -35,7 +35,7 @@ LINE = re.compile(r"""(\w+)\s*(?::(.+?))?\s*=\s*("[^"]*"|.+?)(?:\s+#\s*(.*))?"""
 
 class Parameter(NamedTuple):
     """A line of a notebook's parameters cell: ``name: type = default  # help``. Where the default
-    is None, so may a value be: the notebook then chooses (such as: as the preset says)."""
+    is None, the notebook chooses (such as: as the preset says); "none" says so, but for a text."""
 
     name: str
     default: object
@@ -123,7 +123,8 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
 
 def convert(parameter: Parameter, text: str) -> object:
     """The text of a -p in the parameter's type. Raises WorkbookError with what is expected."""
-    kind, optional = parameter.kind, parameter.default is None
+    kind = parameter.kind
+    optional = parameter.default is None and kind is not str  # packing=none is a text
     if optional and text.lower() in ("none", "null"):
         return None
     with contextlib.suppress(ValueError, RecursionError):  # what does not convert is refused below

@@ -289,6 +289,8 @@ def test_none_is_as_the_preset_says(books, options, command, capsys):
     plan = jobs.plan_job("recipe", {"rank": "8", "rate": "none", "name": "/a=b", "on": "yes"}, **options)
     assert plan.parameters == {"rank": 8, "rate": None, "name": "/a=b", "on": True, "workers_on": "a # b"}
     assert plan.effective.items() >= {"rank": 8, "rate": 16}.items()
+    given = {"preset": "reference", "packing": "none", "rank": "none"}  # packing: a text, which the preset would not choose
+    assert jobs.plan_job("sql", given, runs_dir=options["runs_dir"]).effective.items() >= {"packing": "none", "rank": 16}.items()
     assert jobs.main(["list", *command]) == 0
     assert re.search(r"\n    rank: int = None +r: the adapter's rank \(None: as the preset says\)\n", capsys.readouterr().out)
 
