@@ -96,7 +96,7 @@ class FineTuneConfig:
                                     f"{closest(name, fields)}")
         task = get_task(parameters.get("task", ""))
         preset = parameters.get("preset") or "default"
-        if preset not in PRESETS:
+        if preset not in tuple(PRESETS):  # a list has no hash
             raise WorkbookError(f"preset {preset!r} is unknown; {closest(preset, PRESETS)}")
         of_task = REFERENCE_TASKS.get(task.name, {}) if preset == "reference" else {}
         given = {name: value for name, value in parameters.items() if value is not None}
