@@ -102,7 +102,10 @@ def main(argv: list[str]) -> int:
         torchrun.run(options)
         return 0
     except ChildFailedError as error:
-        failures = [_worker_failure(rank, failure) for rank, failure in error.failures.items()]
+        first = min(failure.timestamp for failure in error.failures.values())
+        # torchrun itself kills whoever is still there after 30 s.
+        failures = [_worker_failure(rank, failure) for rank, failure in error.failures.items()
+                    if failure.timestamp < first + 29]
     except SignalException:  # whoever sent the signal knows why
         return 1
     except WorkbookError as error:
@@ -116,28 +119,29 @@ def main(argv: list[str]) -> int:
     return 1
 
 
-def _failure(message: str, after: int = 0) -> dict:
-    return {"message": message, "after": after, "time": time.time(), "traceback": ""}
+def _failure(message: str, after: int = 0, traceback: str = "", when: float | None = None) -> dict:
+    return {"message": message, "after": after, "traceback": traceback, "time": when or time.time()}
 
 
 def _worker_failure(rank: int, failure: ProcessFailure) -> dict:
     """Why a worker ended, in a sentence. after: 0 for a cause, more for what follows from one."""
-    who, said = f"The worker of rank {rank}", failure.message
+    who, said, trace = f"The worker of rank {rank}", failure.message, ""
     who += f" on {HOST}" if HOST != "this host" else ""
     if isinstance(said, dict):  # from the error file that the worker's main wrote, under @record
         text = said["message"].removeprefix("WorkbookError: ").rstrip(".")
-        bug = not said["message"].startswith("WorkbookError: ")
-        return {"message": f"{who} failed: {text}", "after": int(bool(re.search(LOST, text))),
-                "time": failure.timestamp, "traceback": said["extraInfo"]["py_callstack"] * bug}
-    if failure.exitcode > 0:
-        return _failure(f"{who} failed: it ended with exit code {failure.exitcode}")
-    name = failure.signal_name()
-    # The launcher sends SIGTERM when another has failed, NCCL's watchdog aborts.
-    after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)
-    why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
-           "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
-    return _failure(f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
-                    "its last checkpoint", after)
+        if text == said["message"].rstrip("."):
+            trace = said["extraInfo"]["py_callstack"]
+        message, after = f"{who} failed: {text}", int(bool(re.search(LOST, text)))
+    elif failure.exitcode > 0:
+        message, after = f"{who} failed: it ended with exit code {failure.exitcode}", 1
+    else:
+        name = failure.signal_name()
+        why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
+               "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
+        message = (f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
+                   "its last checkpoint")
+        after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)  # torchrun ends the others by SIGTERM
+    return _failure(message, after, trace, failure.timestamp)
 
 
 def _prepare_host(options, folder: Path) -> None:
