@@ -100,7 +100,10 @@ def main(argv: list[str]) -> int:
         torchrun.run(options)
         return 0
     except ChildFailedError as error:
-        failures = [_worker_failure(rank, failure) for rank, failure in error.failures.items()]
+        first = min(failure.timestamp for failure in error.failures.values())
+        # torchrun itself kills whoever is still there after 30 s.
+        failures = [_worker_failure(rank, failure) for rank, failure in error.failures.items()
+                    if failure.timestamp < first + 29]
     except SignalException:  # whoever sent the signal knows why
         return 1
     except WorkbookError as error:
@@ -115,27 +118,29 @@ def main(argv: list[str]) -> int:
     return 1
 
 
-def _failure(message: str, after: int = 0, when: float = 0, traceback: str = "") -> dict:
-    """after: 0 for a cause, more for what follows from one."""
-    return {"message": message, "after": after, "time": when or time.time(), "traceback": traceback}
+def _failure(message: str, after: int = 0, traceback: str = "", when: float | None = None) -> dict:
+    return {"message": message, "after": after, "traceback": traceback, "time": when or time.time()}
 
 
 def _worker_failure(rank: int, failure: ProcessFailure) -> dict:
-    """Why a worker ended, in a sentence."""
-    who = f"The worker of rank {rank}{'' if HOST == 'this host' else f' on {HOST}'}"
-    if isinstance(failure.message, dict):  # what the worker's main left, under torch's @record
-        said, stack = failure.message["message"], failure.message["extraInfo"]["py_callstack"]
-        text, lost = said.removeprefix("WorkbookError: "), re.search(LOST, said) is not None
-        return _failure(f"{who} failed: {text.rstrip('.')}", int(lost), failure.timestamp,
-                        stack if text == said else "")
-    if failure.exitcode > 0:
-        return _failure(f"{who} failed: it ended with exit code {failure.exitcode}")
-    name = failure.signal_name()
-    after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)  # sent by the launcher, by NCCL's watchdog
-    why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
-           "SIGABRT": " (on GPUs NCCL does so when another worker is lost)"}.get(name, "")
-    return _failure(f"{who} was killed by {name}{why}: resume the run to go on from its last "
-                    "checkpoint", after)
+    """Why a worker ended, in a sentence. after: 0 for a cause, more for what follows from one."""
+    who, said, trace = f"The worker of rank {rank}", failure.message, ""
+    who += f" on {HOST}" if HOST != "this host" else ""
+    if isinstance(said, dict):  # from the error file that the worker's main wrote, under @record
+        text = said["message"].removeprefix("WorkbookError: ").rstrip(".")
+        if text == said["message"].rstrip("."):
+            trace = said["extraInfo"]["py_callstack"]
+        message, after = f"{who} failed: {text}", int(bool(re.search(LOST, text)))
+    elif failure.exitcode > 0:
+        message, after = f"{who} failed: it ended with exit code {failure.exitcode}", 1
+    else:
+        name = failure.signal_name()
+        why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
+               "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
+        message = (f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
+                   "its last checkpoint")
+        after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)  # torchrun ends the others by SIGTERM
+    return _failure(message, after, trace, failure.timestamp)
 
 
 def _prepare_host(options, folder: Path) -> None:

@@ -18,6 +18,7 @@ from unittest import mock
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing import errors
 
 from helpers import WorkbookError, recipes, training, worker_group, workers
 
@@ -116,7 +117,8 @@ def launched(tmp_path, scenario, **options) -> str:
     return str(error.value)
 
 
-def test_workers_form_one_group_and_every_log_is_kept(tmp_path, capsys):
+def test_workers_form_one_group_and_every_log_is_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,1")  # a list, one number a level of nested threads
     workers.launch(planned(tmp_path, count=3), tmp_path / "logs")
     assert capsys.readouterr().out == "rank 0 of 3: the ranks add up to 3\n"
     texts = sorted(path.read_text() for path in (tmp_path / "logs").rglob("stdout.log"))
@@ -165,6 +167,22 @@ def test_too_few_workers_are_noticed(tmp_path):
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "config.yaml", "-m", MEMBER, "fine"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode and "Workers asked for: 2, started: 1" in result.stderr
+
+
+def test_a_worker_that_torchrun_had_to_kill_is_not_the_cause(tmp_path):
+    """torchrun asks the others to end when one has failed, and kills them 30 s later: a stopped one, or one that hangs."""
+    failures = {rank: errors.ProcessFailure(0, 1, code, "") for rank, code in enumerate((3, -signal.SIGKILL))}
+    failures[1].timestamp += 30
+    with mock.patch.dict(os.environ), mock.patch.object(worker_group.torchrun, "run") as run:
+        run.side_effect = errors.ChildFailedError("x", failures)
+        assert worker_group.main(["--nnodes=1", f"--log-dir={tmp_path}", "-m", MEMBER]) == 1
+    [entry] = json.loads((tmp_path / "failure.json").read_text())
+    assert entry["message"].startswith("The worker of rank 0") and "exit code 3" in entry["message"]
+
+
+def test_a_rank_without_a_group_is_alone():
+    with mock.patch.dict(os.environ, RANK="1"), worker_group.group(1):
+        pass
 
 
 # ---- hosts that do not come together
