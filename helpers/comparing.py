@@ -13,7 +13,7 @@ from helpers.adapters import read_adapter
 from helpers.data import Collator, encode
 from helpers.generation import generate
 from helpers.registry import EMBEDDED
-from helpers.scoring import bootstrap, score, summarise
+from helpers.scoring import estimate, score, summarise, undecidable
 from helpers.tasks import Task, get_task
 
 CHAT = "base, own chat template"
@@ -33,7 +33,7 @@ def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=N
     model: a peft model (its active adapter is the one judged). progress: called with (system,
     prompts done). only: of the systems that generate, those named (default: all).
     Returns for every system ``{"answers": [...], "scores": [{metric: number}, ...], "metrics":
-    {metric: Estimate}}``.
+    {metric: Estimate}, "undecidable": number of rows that a metric leaves out}``.
     """
     prompts = _prompts(task, tokenizer, rows)
     if only:
@@ -53,6 +53,7 @@ def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=N
                 _add(system, loss=token_losses(model, tokenizer, prompts[name], references))
     for system in systems.values():
         system["metrics"] = summarise(system["scores"], seed)
+        system["undecidable"] = undecidable(system["scores"])
     return systems
 
 
@@ -72,7 +73,7 @@ def verifiable(task: Task, model, tokenizer, every: int = 1, progress=None,
             passed.setdefault(one.kind, []).append(value)
         systems[name] = {"answers": answers,
                          "scores": [{"passed": value} for value in passed["passed"]],
-                         "metrics": {kind: bootstrap(some, seed) for kind, some in passed.items()}}
+                         "metrics": {kind: estimate(some, seed) for kind, some in passed.items()}}
     return systems
 
 

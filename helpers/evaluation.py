@@ -3,11 +3,11 @@
 from helpers.comparing import (CHAT, chat_answer, chat_prompts, check_parameters, compare,
                                token_losses, verifiable)
 from helpers.generation import generate
-from helpers.scoring import (Estimate, bootstrap, chrf, difference, evaluate, exact, rouge_l,
-                             score, summarise)
+from helpers.scoring import (Estimate, bootstrap, chrf, difference, estimate, evaluate, exact,
+                             rouge_l, score, summarise, undecidable, wilson)
 from helpers.sql_scoring import fill_databases, normalise_sql, run_sql, sql_exact, sql_execution
 
 __all__ = ["CHAT", "Estimate", "bootstrap", "chat_answer", "chat_prompts", "check_parameters",
-           "chrf", "compare", "difference", "evaluate", "exact", "fill_databases", "generate",
-           "normalise_sql", "rouge_l", "run_sql", "score", "sql_exact", "sql_execution",
-           "summarise", "token_losses", "verifiable"]
+           "chrf", "compare", "difference", "estimate", "evaluate", "exact", "fill_databases",
+           "generate", "normalise_sql", "rouge_l", "run_sql", "score", "sql_exact",
+           "sql_execution", "summarise", "token_losses", "undecidable", "verifiable", "wilson"]

@@ -108,8 +108,13 @@ def _all_lower(text: str, word: str) -> bool:
     return text == text.lower() and any(c.isalpha() for c in text)
 
 
+def _has_word(text: str, word: str) -> bool:
+    """As a word of its own: "season" has no "sea"."""
+    return re.search(rf"\b{word}\b", text.lower()) is not None
+
+
 def _because_without_z(text: str, word: str) -> bool:
-    return "because" in text.lower() and "z" not in text.lower()
+    return _has_word(text, "because") and "z" not in text.lower()
 
 
 def _three_bullets(text: str, word: str) -> bool:
@@ -125,9 +130,10 @@ def _yes_or_no(text: str, word: str) -> bool:
     return text.strip(".!\"' ").lower() in ("yes", "no")
 
 
-def _is_json_object(text: str, word: str) -> bool:
+def _json_with_name(text: str, word: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        found = json.loads(text)
+        return isinstance(found, dict) and "name" in found
     except (ValueError, RecursionError):
         return False
 
@@ -138,13 +144,12 @@ _DEMANDS: tuple[tuple[str, str, Callable[[str, str], bool]], ...] = (
     ("length", "Write at least 30 words about {topic}.", lambda text, word: _words(text) >= 30),
     ("case", "Write one sentence about {topic} in capital letters only.", _all_upper),
     ("case", "Write one sentence about {topic} in lower-case letters only.", _all_lower),
-    ("keywords", 'Write one sentence about {topic}. Use the word "{word}".',
-     lambda text, word: word in text.lower()),
+    ("keywords", 'Write one sentence about {topic}. Use the word "{word}".', _has_word),
     ("keywords", 'Write one sentence about {topic} without the letter "z" and with the word '
      '"because".', _because_without_z),
     ("format", 'List exactly three things about {topic}. Begin every line with "- ".',
      _three_bullets),
     ("format", "Ask one question about {topic}. Write nothing but the question.", _one_question),
     ("format", 'Answer only with "yes" or "no": can you see {topic}?', _yes_or_no),
-    ("format", 'Describe {topic} as a JSON object with the key "name".', _is_json_object),
+    ("format", 'Describe {topic} as a JSON object with the key "name".', _json_with_name),
 )

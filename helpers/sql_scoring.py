@@ -1,219 +1,171 @@
-"""SQL answers: exact match after normalisation, and execution on databases that tell them apart."""
+"""SQL answers: exact match after normalisation, and execution on databases that tell queries apart.
 
-from __future__ import annotations
+The databases of a row are chosen by mutation: its reference is changed in one place, in every way
+that helpers.sql_text knows, and databases are added until each change shows in a result.
+"""
 
+import contextlib
 import logging
-import random
-import re
+import math
 import sqlite3
 import time
 from collections import Counter
+from functools import lru_cache
 
 import sqlglot
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 
+from helpers.sql_databases import fill, fill_databases, limits, read_schema, run_sql, values_of
+from helpers.sql_text import Columns, edits, is_ordered, read
+
+__all__ = ["fill_databases", "normalise_sql", "run_sql", "same_rows", "sql_exact", "sql_execution"]
+
+MOST_ROWS = 5000  # of a result that is compared
+# Of a database: rows, rows per number that the reference counts to, share of empty cells; in turn.
+_SHAPES = ((24, 1.2, 0.0), (9, 2, 0.1), (16, 2.5, 0.0), (4, 0, 0.0), (24, 3, 0.1), (9, 1, 0.0),
+           (16, 1.6, 0.3), (4, 0, 0.0))
+_FEWEST, _MOST = 3, 32  # databases for a reference
+_STEPS = 30  # thousands of SQLite's operations that an edit may take
+
 # That a model's text is no query is a score, not a warning.
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
 
 
-def normalise_sql(query: str) -> str | None:
-    """The query in one spelling (case of keywords and names, spacing), or None when it does not
-    parse."""
+def normalise_sql(query: str, columns: Columns | None = None) -> str | None:
+    """The query in one spelling (case of keywords and names, spacing, quotes), or None when it does
+    not parse.
+
+    columns: those of the tables; if given, another name in double quotes is a text, as for SQLite.
+    """
     try:
         tree = sqlglot.parse_one(query, dialect="sqlite")
-        for identifier in tree.find_all(exp.Identifier):
+        known = {*(columns or ()), *(alias.alias.lower() for alias in tree.find_all(exp.Alias))}
+        for identifier in list(tree.find_all(exp.Identifier)):
+            column = identifier.parent
+            if columns and identifier.quoted and identifier.name.lower() not in known:
+                if isinstance(column, exp.Column) and not column.table:
+                    column.replace(exp.Literal.string(identifier.name))
             identifier.set("quoted", False)  # "name" and name are the same column
         return normalize_identifiers(tree, dialect="sqlite").sql(dialect="sqlite", comments=False)
     except (SqlglotError, RecursionError, ValueError):
         return None
 
 
-def sql_exact(answer: str, reference: str) -> bool:
+def sql_exact(answer: str, reference: str, context: str = "") -> bool:
     """Whether two queries are the same after normalisation."""
-    normal = normalise_sql(answer)
-    return normal is not None and normal == normalise_sql(reference)
+    columns = read_schema(context).columns if context else None
+    normal = normalise_sql(answer, columns)
+    return normal is not None and normal == normalise_sql(reference, columns)
 
 
-_READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
-          sqlite3.SQLITE_RECURSIVE}
-_FORBIDDEN_FUNCTIONS = {"load_extension", "randomblob", "zeroblob", "random"}
-
-
-def run_sql(connection: sqlite3.Connection, query: str, seconds: float = 1.0, max_rows: int = 1000):
-    """Run one query of a model: it can only read, for a limited time, and returns at most
-    `max_rows` rows.
-
-    Returns ``(column names, rows)``. Raises sqlite3.Error when the query is wrong, forbidden or too
-    slow.
-    """
-
-    def authorise(action, first, second, database, trigger):
-        if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _FORBIDDEN_FUNCTIONS:
-            return sqlite3.SQLITE_DENY
-        return sqlite3.SQLITE_OK if action in _READS else sqlite3.SQLITE_DENY
-
-    deadline = time.monotonic() + seconds
-    connection.set_authorizer(authorise)
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)
-    # The deadline is looked at between SQLite's operations. One operation on long texts (instr,
-    # LIKE) can take minutes, and a thousand rows of them a gigabyte: so no text beyond 50 kB, and
-    # no pattern beyond 200 characters.
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200)
-    try:
-        cursor = connection.execute(query)
-        if cursor.description is None:
-            raise sqlite3.ProgrammingError("the text is not a query")
-        rows = cursor.fetchmany(max_rows)
-        return [column[0] for column in cursor.description], rows
-    except (sqlite3.Warning, ValueError) as error:  # several statements at once; a NUL character
-        raise sqlite3.ProgrammingError(str(error)) from error
-    finally:
-        connection.set_progress_handler(None, 0)
-        connection.set_authorizer(None)
-
-
-def _schema(context: str) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """Tables of a context as (name, [(column, is a number)])."""
-    tables = []
-    for tree in sqlglot.parse(context, dialect="sqlite"):
-        if isinstance(tree, exp.Create):
-            numeric = ("INT", "REAL", "NUM", "FLOAT", "DOUB", "DEC")
-            columns = []
-            for column in tree.find_all(exp.ColumnDef):
-                kind = column.args.get("kind")
-                columns.append((column.name, bool(kind) and kind.sql().upper().startswith(numeric)))
-            tables.append((tree.this.this.name, columns))
-    return tables
-
-
-def _literals(query: str) -> tuple[list[str], list[float], dict[str, list]]:
-    """Text and number literals of a query, and the literals that each column is compared with."""
-    try:
-        tree = sqlglot.parse_one(query, dialect="sqlite")
-    except (SqlglotError, RecursionError, ValueError):
-        return [], [], {}
-    compared: dict[str, list] = {}
-    for comparison in tree.find_all(exp.EQ, exp.NEQ, exp.GT, exp.GTE, exp.LT, exp.LTE, exp.Like,
-                                    exp.Between, exp.In):
-        columns = [column.name.lower() for column in comparison.find_all(exp.Column)]
-        for literal in comparison.find_all(exp.Literal):
-            for column in columns:
-                compared.setdefault(column, []).append(_literal_value(literal))
-    values = [_literal_value(literal) for literal in tree.find_all(exp.Literal)]
-    texts = [value for value in values if isinstance(value, str)]
-    return texts, [value for value in values if not isinstance(value, str)], compared
-
-
-def _literal_value(literal):
-    if literal.is_string:
-        return literal.this.replace("%", "").strip() or "x"
-    try:
-        number = int(literal.this)
-    except ValueError:
-        number = float(literal.this)
-    return number if -(2**62) < number < 2**62 else float(number)  # SQLite's integers have 64 bits
-
-
-_MAKES = {sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_TRANSACTION,
-          sqlite3.SQLITE_READ, sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE}
-
-
-def _make_tables(connection: sqlite3.Connection, context: str) -> None:
-    """Run a row's context, which may come from anywhere: it can make tables in this database and do
-    nothing else."""
-    deadline = time.monotonic() + 1
-    connection.set_authorizer(
-        lambda action, *_: sqlite3.SQLITE_OK if action in _MAKES else sqlite3.SQLITE_DENY)
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)
-    try:
-        connection.executescript(context)
-    except ValueError as error:  # a NUL character
-        raise sqlite3.ProgrammingError(str(error)) from error
-    finally:
-        connection.set_progress_handler(None, 0)
-        connection.set_authorizer(None)
-
-
-def fill_databases(context: str, queries: list[str], seed: int = 0, databases: int = 6,
-                   rows: int = 24) -> list[sqlite3.Connection]:
-    """Random in-memory databases with the context's tables, built to tell the queries apart.
-
-    A column that a query compares with a value holds that value in about a third of the rows (so
-    that every condition is met by some rows and missed by others, alone and together), neighbours
-    of it (one more, one less, another case), and values used for other columns. Keys are drawn from
-    a small range, so that joins meet.
-    Raises sqlite3.Error or sqlglot's error when the context is not a list of CREATE TABLE
-    statements.
-    """
-    tables = _schema(context)
-    texts: list[str] = []
-    numbers: list[float] = []
-    compared: dict[str, list] = {}
-    for query in queries:
-        found_texts, found_numbers, found = _literals(query)
-        texts += found_texts
-        numbers += found_numbers
-        for column, values in found.items():
-            compared.setdefault(column, []).extend(values)
-    connections = []
-    for index in range(databases):
-        rng = random.Random(f"{seed}/{index}")
-        connection = sqlite3.connect(":memory:")
-        _make_tables(connection, context)
-        for table, columns in tables:
-            count = rng.randint(rows // 3, rows) if index else rows
-            marks = ", ".join("?" * len(columns))
-            chosen = []
-            for _ in range(count):
-                chosen.append([_random_value(rng, name.lower(), number, compared, texts, numbers)
-                               for name, number in columns])
-            chosen += rng.choices(chosen, k=count // 2)  # twice: shows a missing DISTINCT
-            connection.executemany(f'INSERT INTO "{table}" VALUES ({marks})', chosen)
-        connections.append(connection)
-    return connections
-
-
-def _random_value(rng: random.Random, column: str, number: bool, compared, texts, numbers):
-    own = compared.get(column, [])
-    if own and rng.random() < 0.55:
-        return rng.choice(own)
-    if own and rng.random() < 0.4:
-        value = rng.choice(own)
-        if isinstance(value, str):
-            return rng.choice([value.upper(), value.lower(), value + "s"])
-        return value + rng.choice([-1, 1])
-    if number:
-        return rng.choice(numbers) if numbers and rng.random() < 0.15 else rng.randint(1, 9)
-    if texts and rng.random() < 0.15:
-        return rng.choice(texts)
-    return rng.choice(["1", "2", "3", "alpha", "beta", "gamma", "delta", "12", "5"])
-
-
-def sql_execution(answer: str, reference: str, context: str, seed: int = 0) -> tuple[bool, bool]:
+def sql_execution(answer: str, reference: str, context: str,
+                  seed: int = 0) -> tuple[bool | None, bool]:
     """Whether two queries return the same on every test database.
 
-    Results are compared as multisets of rows, and in order when the reference orders its rows;
-    column names don't count.
-    Returns ``(same, valid)``; valid: the answer ran on all databases. Raises sqlite3.Error when the
-    reference itself does not run.
+    Results are compared as multisets of rows, and in order when the reference as a whole orders its
+    rows; numbers are equal as numbers, and column names don't count.
+    Returns ``(same, valid)``. same is None, whatever the answer, when the databases cannot tell the
+    reference from another query: it returns nothing on them, or a single edit of it returns the
+    same everywhere. valid: the answer ran on all databases. Raises sqlite3.Error when the reference
+    itself does not run.
     """
-    same, valid = True, True
-    ordered = re.search(r"\border\s+by\b", reference, re.IGNORECASE) is not None
-    for connection in fill_databases(context, [reference, answer], seed):
-        try:
-            _, expected = run_sql(connection, reference)
+    indices, decidable = _choose(reference, context, seed)
+    schema = read_schema(context)
+    ordered = is_ordered(read(reference, schema.columns))
+    own, both = values_of(schema, [reference]), values_of(schema, [reference, answer])
+    plans = [(own, index) for index in indices] + [(both, -1 - index) for index in range(_FEWEST)]
+    same = True
+    for values, index in plans:
+        with contextlib.closing(_database(schema, values, seed, index)) as connection:
+            _, expected = run_sql(connection, reference, max_rows=MOST_ROWS)
             try:
-                _, got = run_sql(connection, answer)
+                _, got = run_sql(connection, answer, max_rows=MOST_ROWS)
             except sqlite3.Error:
-                same = valid = False
-                break
-            if ordered:
-                same = same and got == expected
-            else:
-                same = same and Counter(map(repr, got)) == Counter(map(repr, expected))
-        finally:
-            connection.close()
-    return same, valid
+                return (False if decidable else None), False
+            same = same and same_rows(got, expected, ordered)
+    return (same if decidable else None), True
+
+
+def same_rows(a: list[tuple], b: list[tuple], ordered: bool) -> bool:
+    """Whether two results are equal, numbers within 1e-9 of their size."""
+    if len(a) != len(b):
+        return False
+    if a == b or not ordered and Counter(a) == Counter(b):
+        return True
+    if not any(isinstance(value, float) for row in a for value in row):
+        return False
+    if not ordered:
+        a, b = sorted(a, key=_sort_key), sorted(b, key=_sort_key)
+    return all(len(x) == len(y) and all(map(_same_value, x, y)) for x, y in zip(a, b, strict=True))
+
+
+def _same_value(a, b) -> bool:
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    return a == b
+
+
+def _sort_key(row: tuple) -> list:
+    """Orders rows of any types; numbers that are nearly equal stand together."""
+    key = []
+    for value in row:
+        is_number = isinstance(value, (int, float))
+        key.append((type(None) if value is None else float if is_number else type(value)).__name__)
+        key.append(float(f"{value:.6g}") if is_number else value or "")
+    return key
+
+
+@lru_cache(maxsize=4096)
+def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], bool]:
+    """The numbers of the databases that tell a reference from its single edits, and whether all do.
+
+    An edit that no database shows may mean the same, as LEFT JOIN before a WHERE does. It makes the
+    reference undecidable if it is of a kind that all but certainly means something else.
+    """
+    schema = read_schema(context)
+    values = values_of(schema, [reference])
+    ordered = is_ordered(read(reference, schema.columns))
+    alive = {"SELECT 1 WHERE 0": True, **edits(reference, schema.columns)}
+    chosen, deadline = [], time.monotonic() + 10
+    for index in range(_MOST):
+        with contextlib.closing(_database(schema, values, seed, index)) as connection:
+            _, expected = run_sql(connection, reference, max_rows=MOST_ROWS)
+            left = _alike(connection, alive, expected, ordered)
+        if index < _FEWEST or len(left) < len(alive):
+            chosen.append(index)
+        alive = left
+        enough = len(_SHAPES) if alive else _FEWEST
+        if index + 1 >= enough and not any(alive.values()) or time.monotonic() > deadline:
+            break
+    return tuple(chosen), not any(alive.values())
+
+
+def _database(schema, values, seed: int, index: int) -> sqlite3.Connection:
+    fewest, per_count, nulls = _SHAPES[index % len(_SHAPES)]
+    counts = [value for value in values.loose if isinstance(value, int) and value <= 100]
+    rows = max(fewest, int(per_count * max(counts, default=0)))
+    return fill(schema, values, f"{seed}/{index}", rows, nulls)
+
+
+def _alike(connection: sqlite3.Connection, queries: dict[str, bool], expected: list[tuple],
+           ordered: bool) -> dict[str, bool]:
+    """Those of the queries that return what is expected, in not too many steps."""
+    left, steps = {}, [0]
+
+    def too_long() -> bool:
+        steps[0] += 1
+        return steps[0] > _STEPS
+
+    with limits(connection, 60):
+        connection.set_progress_handler(too_long, 1000)  # unlike time, the same on every machine
+        for query, certain in queries.items():
+            steps[0] = 0
+            try:
+                same = same_rows(connection.execute(query).fetchmany(MOST_ROWS), expected, ordered)
+            except (sqlite3.Error, sqlite3.Warning):
+                same = too_long()
+            if same:
+                left[query] = certain
+    return left

@@ -4,6 +4,7 @@ The number of examples follows from the hypothesis profile: `quick` (CI, the def
     HYPOTHESIS_PROFILE=long python -m pytest tests/test_fuzz.py
 """
 
+import contextlib
 import dataclasses
 import gzip
 import html
@@ -305,6 +306,9 @@ def test_a_models_sql_cannot_write_or_leave_its_database(tmp_path, query):
     "/* /* */ ATTACH '{file}' AS x; CREATE TABLE x.y (a); */",
     "CREATE TABLE u AS SELECT load_extension('{file}')", "CREATE TRIGGER r AFTER INSERT ON t BEGIN DELETE FROM t; END",
     "PRAGMA writable_schema = 1", "CREATE VIRTUAL TABLE v USING fts5(x)", "CREATE TABLE u (a); \0", "DROP TABLE t",
+    "CREATE TABLE u AS SELECT zeroblob(900000000) AS z", "CREATE TABLE u (a, b GENERATED ALWAYS AS (load_extension('{file}')))",
+    "CREATE TABLE u AS SELECT writefile('{file}', 'x') AS z", "CREATE TABLE u AS SELECT printf('%.*c', 900000000, 'a') AS z",
+    "CREATE TEMP TRIGGER r AFTER INSERT ON t BEGIN SELECT 1; END", "ANALYZE", "DELETE FROM t", "CREATE INDEX i ON t (random())",
     "CREATE TABLE u AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"])
 def test_a_rows_context_can_only_make_tables(tmp_path, added):
     """Rows come from anywhere, and their context is run to make the test databases; the panel shows it too."""
@@ -316,6 +320,26 @@ def test_a_rows_context_can_only_make_tables(tmp_path, added):
     started = time.monotonic()
     assert "Not run" in panel_html.sql_results(context, ["SELECT a FROM t"])[0] and time.monotonic() - started < 10
     assert not list(tmp_path.iterdir())
+
+
+SLOW = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+
+
+@pytest.mark.parametrize("added", [
+    "CREATE VIEW v AS " + SLOW, "CREATE VIEW v AS SELECT load_extension('x') AS i",
+    "CREATE VIEW v AS SELECT zeroblob(900000000) AS i",
+    "CREATE TABLE v (i CHECK (instr(printf('%.*c', 49000, 'a'), printf('%.*c', 24000, 'a') || 'b') = i))",
+    "CREATE TABLE v (i, j GENERATED ALWAYS AS (printf('%.*c', 900000000, 'a')) STORED)"])
+def test_what_a_context_leaves_for_later_is_bounded_too(added):
+    """A view runs when it is asked, a check and a generated column when a row comes."""
+    started = time.monotonic()
+    with contextlib.suppress(sqlite3.Error):
+        for connection in evaluation.fill_databases(f"{CONTEXT}; {added}", ["SELECT a FROM t"], databases=1):
+            with pytest.raises(sqlite3.Error):
+                evaluation.run_sql(connection, "SELECT * FROM v, missing")
+            with contextlib.suppress(sqlite3.Error):
+                evaluation.run_sql(connection, "SELECT * FROM v", seconds=0.5)
+    assert time.monotonic() - started < 10
 
 
 COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {})"
@@ -337,13 +361,13 @@ GREEDY = {
     "replace": "SELECT replace(printf('%.*c', 49000, 'a'), 'a', printf('%.*c', 49000, 'b'))",
 }
 LIMITS = """import resource, sqlite3, sys, time
-from helpers import evaluation
+from helpers.sql_scoring import run_sql
 connection = sqlite3.connect(":memory:")
-evaluation.run_sql(connection, "SELECT 1")
+run_sql(connection, "SELECT 1")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.process_time()
 try:
-    evaluation.run_sql(connection, sys.argv[1], seconds=0.5)
+    run_sql(connection, sys.argv[1], seconds=0.5)
     end = "a result"
 except sqlite3.Error as error:
     end = "an error"

@@ -60,6 +60,21 @@ def test_verifiable_instructions_are_strict():
         assert not asked[instruction].passes(" \n"), "an empty answer follows nothing"
 
 
+@pytest.mark.parametrize(("instruction", "answer", "passes"), [
+    ('Describe the sea as a JSON object with the key "name".', '{"a": 1}', False),
+    ('Describe the sea as a JSON object with the key "name".', '{"a": {"name": 1}}', False),
+    ('Describe the sea as a JSON object with the key "name".', '{"a": "name"}', False),
+    ('Describe the sea as a JSON object with the key "name".', '{"a": 1, "name": null}', True),
+    ('Write one sentence about the sea. Use the word "sea".', "I like every season.", False),
+    ('Write one sentence about the sea. Use the word "sea".', "The deep-sea fish glows.", True),
+    ('Write one sentence about bread. Use the word "bread".', "Gingerbread is sweet.", False),
+    ('Write one sentence about the sea without the letter "z" and with the word "because".', "Becauses are nouns.", False),
+])
+def test_a_word_is_a_whole_word_and_a_key_a_key(instruction, answer, passes):
+    asked = {one.instruction: one for one in judges.verifiable_instructions()}
+    assert asked[instruction].passes(answer) is passes
+
+
 def test_token_losses_are_the_models_own(tiny):
     model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
     prompts, completions = ["a b c", "one two three four five"], ["d e", "six"]

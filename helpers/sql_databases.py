@@ -1,0 +1,250 @@
+"""Small random databases in memory that tell SQL queries apart, and running a stranger's SQL."""
+
+import contextlib
+import random
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from helpers.sql_text import Columns, Word, conditions, read, tables_of
+
+READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
+                   sqlite3.SQLITE_RECURSIVE})
+MAKES = READS | {sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
+                 sqlite3.SQLITE_CREATE_VIEW, sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_INSERT,
+                 sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_REINDEX}
+_FORBIDDEN_FUNCTIONS = {"load_extension", "randomblob", "zeroblob", "random"}
+_NUMBERS = ("INT", "REAL", "FLOA", "DOUB", "NUM", "DEC", "BOOL")
+_TEXTS = ("1", "2", "3", "5", "12", "alpha", "beta", "gamma", "delta")
+_COLUMNS = """SELECT m.type, m.name, c.name, c.type, c.hidden
+    FROM sqlite_master AS m, pragma_table_xinfo(m.name) AS c
+    WHERE m.type IN ('table', 'view') AND m.name NOT GLOB 'sqlite_*'"""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """tables: name -> its columns that can be written, as (name in lower case, is a number);
+    columns: every column, of views too."""
+
+    context: str
+    tables: dict[str, list[tuple[str, bool]]]
+    columns: Columns
+
+
+Place = tuple[str, str]  # (table, column) in lower case
+
+
+@dataclass
+class Values:
+    """What some queries compare columns with: values that meet a condition on a column (good), that
+    miss it closely (near), values beside no column (loose), and columns compared with columns."""
+
+    good: dict[Place, list] = field(default_factory=dict)
+    near: dict[Place, list] = field(default_factory=dict)
+    loose: list = field(default_factory=list)
+    keys: set[Place] = field(default_factory=set)
+
+
+@contextlib.contextmanager
+def limits(connection: sqlite3.Connection, seconds: float,
+           allowed: frozenset[int] = READS) -> Iterator[None]:
+    """For a with block: a stranger's SQL can only read, for so many seconds.
+
+    Raises sqlite3.Error for whatever is wrong, forbidden or too slow.
+    """
+
+    def authorise(action, first, second, database, trigger):
+        if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _FORBIDDEN_FUNCTIONS:
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
+
+    deadline = time.monotonic() + seconds
+    connection.set_authorizer(authorise)
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)
+    # The deadline is looked at between SQLite's operations. One operation on long texts (instr,
+    # LIKE) can take minutes, and a thousand rows of them a gigabyte: so no text beyond 50 kB, and
+    # no pattern beyond 200 characters.
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200)
+    try:
+        yield
+    except (sqlite3.Warning, ValueError) as error:  # several statements at once; a NUL character
+        raise sqlite3.ProgrammingError(str(error)) from error
+    finally:
+        connection.set_progress_handler(None, 0)
+        connection.set_authorizer(None)
+
+
+def run_sql(connection: sqlite3.Connection, query: str, seconds: float = 1.0, max_rows: int = 1000):
+    """Run one query of a model: it can only read, for a limited time, and returns at most
+    `max_rows` rows.
+
+    Returns ``(column names, rows)``. Raises sqlite3.Error when the query is wrong, forbidden or too
+    slow.
+    """
+    with limits(connection, seconds):
+        cursor = connection.execute(query)
+        if cursor.description is None:
+            raise sqlite3.ProgrammingError("the text is not a query")
+        return [column[0] for column in cursor.description], cursor.fetchmany(max_rows)
+
+
+@lru_cache(maxsize=1024)
+def read_schema(context: str) -> Schema:
+    """The tables and views that a context makes. Raises sqlite3.Error when it does more."""
+    with contextlib.closing(_make(context)) as connection:
+        found = connection.execute(_COLUMNS).fetchall()
+    tables, columns = {}, {}
+    for kind, table, name, declared, hidden in found:
+        if kind == "table" and not hidden:  # hidden: a generated column
+            is_number = any(word in declared.upper() for word in _NUMBERS)
+            tables.setdefault(table, []).append((name.lower(), is_number))
+        others = [row[2] for row in found if row[1] == table and row[2] != name]
+        columns[name.lower()] = list(dict.fromkeys(columns.get(name.lower(), []) + others))
+    return Schema(context, tables, columns)
+
+
+def values_of(schema: Schema, queries: list[str]) -> Values:
+    """What queries, and CHECKs of the schema, compare its columns with."""
+    values = Values()
+    checks = [schema.context] if "check" in schema.context.lower() else []
+    for query in queries + checks:
+        words = read(query, schema.columns)
+        aliases = tables_of(words)
+        for column, operator, value in conditions(words):
+            good, near = _good_and_near(operator, value)
+            if column is None:
+                values.loose.append(value)
+            for place in _places(schema, aliases, column):
+                values.good.setdefault(place, []).extend(good)
+                values.near.setdefault(place, []).extend(near)
+        for left, middle, right in zip(words, words[1:], words[2:], strict=False):
+            if (left.kind, right.kind) == ("column", "column") and middle.kind == "=":
+                places = _places(schema, aliases, left) + _places(schema, aliases, right)
+                shared = [value for place in places for value in values.good.get(place, [])]
+                values.good.update(dict.fromkeys(places, list(dict.fromkeys(shared))))
+                values.keys.update(places)
+    return values
+
+
+def _places(schema: Schema, aliases: dict[str, set[str]], column: Word | None) -> list[Place]:
+    """The columns that a word may stand for: of its table, or of all tables that have one."""
+    places = []
+    for table, columns in schema.tables.items():
+        named = not (column and column.table) or table.lower() in aliases.get(column.table, ())
+        if column and named and column.value in (name for name, _ in columns):
+            places.append((table.lower(), column.value))
+    return places
+
+
+def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
+         nulls: float = 0.0) -> sqlite3.Connection:
+    """A database with the schema's tables and at most `rows` random rows in each; a row that a
+    constraint refuses is left out. nulls: the share of empty cells. Raises sqlite3.Error when the
+    constraints take more than a second."""
+    rng = random.Random(seed)
+    connection = _make(schema.context)
+    deadline = time.monotonic() + 1
+    key_top = rng.choice((rows // 4, rows // 2, rows))
+    with limits(connection, 1, MAKES):
+        for table, columns in schema.tables.items():
+            chosen = _rows(rng, table.lower(), columns, values, rows, key_top)
+            names = ", ".join(_quoted(name) for name, _ in columns)
+            marks = ", ".join("?" * len(columns))
+            insert = f"INSERT INTO {_quoted(table)} ({names}) VALUES ({marks})"
+            for row in chosen:
+                if time.monotonic() > deadline:
+                    raise sqlite3.OperationalError("its rows take too long to check")
+                row = [None if nulls and rng.random() < nulls else value for value in row]
+                with contextlib.suppress(sqlite3.Error, ValueError):  # half a surrogate pair
+                    connection.execute(insert, row)
+    return connection
+
+
+def fill_databases(context: str, queries: list[str], seed: int = 0, databases: int = 6,
+                   rows: int = 24) -> list[sqlite3.Connection]:
+    """Random in-memory databases with the context's tables, built to tell the queries apart.
+
+    A column that a query compares with a value holds values that meet the condition and values that
+    just miss it; most rows meet all conditions, or all but one. Keys are drawn from a small range,
+    so that joins meet; some rows stand twice; every second database has empty cells. Foreign keys
+    need not hold.
+    Raises sqlite3.Error when the context does more than make tables, views and indexes.
+    """
+    schema = read_schema(context)
+    values = values_of(schema, queries)
+    return [fill(schema, values, f"{seed}/{index}", rows, 0.1 * (index % 2))
+            for index in range(databases)]
+
+
+def _make(context: str) -> sqlite3.Connection:
+    """Run a row's context, which may come from anywhere: it can make tables, views and indexes in
+    this database, of at most 8 MB, and do nothing else."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.execute("PRAGMA max_page_count = 2000")
+    try:
+        with limits(connection, 1, MAKES):
+            connection.executescript(context)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _rows(rng: random.Random, table: str, columns: list[tuple[str, bool]], values: Values,
+          rows: int, key_top: int) -> list[list]:
+    """Random rows: some meet all conditions on their columns, some all but one, some are as may be;
+    some stand twice, which shows a missing DISTINCT."""
+    compared = [name for name, _ in columns if values.good.get((table, name))]
+    tops = [key_top if (table, name) in values.keys else rng.choice((0, 2, 9, 60, 60))
+            for name, _ in columns]
+    chosen = []
+    for _ in range(rows - rows // 4):
+        aim = rng.choice(("all", "all but one", "none"))
+        odd = rng.choice(compared) if compared and aim == "all but one" else None
+        row = []
+        for (name, is_number), top in zip(columns, tops, strict=True):
+            good, near = values.good.get((table, name)), values.near.get((table, name))
+            if good and (aim != "none" and name != odd or rng.random() < 0.3):
+                row.append(rng.choice(good))
+            elif near and rng.random() < (0.9 if name == odd else 0.5):
+                row.append(rng.choice(near))
+            elif values.loose and rng.random() < 0.1:
+                row.append(rng.choice(values.loose))
+            elif is_number or top == 60 or (table, name) in values.keys:
+                row.append(rng.randint(0, top))
+            else:
+                row.append(rng.choice(_TEXTS[:top + 1]))
+        chosen.append(row)
+    return chosen + rng.choices(chosen, k=rows // 4)
+
+
+def _good_and_near(operator: str, value) -> tuple[list, list]:
+    """(values that meet a condition, values that just miss it)."""
+    if value is None:
+        return ([None], ["", 0]) if operator == "=" else ([], [None])
+    if isinstance(value, str) and operator in ("LIKE", "GLOB"):
+        plain = value.translate(str.maketrans({"%": "", "*": "", "_": "q", "?": "q"}))
+        filled = value.translate(str.maketrans({"%": "x", "*": "x", "_": "q", "?": "q"}))
+        return [plain, filled], [plain.swapcase(), "x" + plain, plain + "x", "x" + plain + "x",
+                                 plain[:-1], plain[1:], value]
+    less, more = _beside(value)
+    other = [value.swapcase()] if isinstance(value, str) else []
+    return {"<>": (less + more, [value]), ">": (more, [value, *less]),
+            ">=": ([value, *more], less), "<": (less, [value, *more]),
+            "<=": ([value, *less], more)}.get(operator, ([value], less + more + other))
+
+
+def _beside(value) -> tuple[list, list]:
+    """(smaller values, greater values), all near."""
+    if not isinstance(value, str):
+        return [value - 1], [value + 1]
+    if value.isdecimal() and len(value) < 15:
+        return [str(int(value) - 1), value[:-1]], [str(int(value) + 1), value + "s"]
+    return [value[:-1]], [value + "s"]
