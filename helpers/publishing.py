@@ -170,8 +170,8 @@ def markdown_table(header: list, rows: list[list], numbers_from: int | None = No
 def evaluation_table(evaluation: dict) -> list[str]:
     """One evaluation as lines: a row per system, a column per metric, mean with interval.
 
-    evaluation: {"rows", "source", "hardware", system: {metric: {"value", "low", "high"}}, ...}. The
-    cell of a metric that a system lacks stays empty.
+    evaluation: {"rows", "source", "hardware", "undecidable", system: {metric: {"value", "low",
+    "high", "method"}}, ...}. The cell of a metric that a system lacks stays empty.
     """
     systems = {who: metrics for who, metrics in evaluation.items() if isinstance(metrics, dict)}
     names = list(dict.fromkeys(name for metrics in systems.values() for name in metrics))
@@ -179,8 +179,14 @@ def evaluation_table(evaluation: dict) -> list[str]:
     for who, metrics in systems.items():
         rows.append([who, *(_interval(metrics[name]) if name in metrics else "" for name in names)])
     measured = f", measured on {evaluation['hardware']}" if evaluation.get("hardware") else ""
+    methods = {metric.get("method") for metrics in systems.values() for metric in metrics.values()}
+    interval = "interval (Wilson's for shares)" if "wilson" in methods else "bootstrap interval"
+    left_out = ""
+    if evaluation.get("undecidable"):
+        left_out = (f" {evaluation['undecidable']} rows are left out of execution: no test database "
+                    "tells their query from others.")
     return [f"On {evaluation['rows']:,} validation rows of {evaluation['source']}{measured}, "
-            "greedy decoding; mean with 95% bootstrap interval.", "",
+            f"greedy decoding; mean with 95% {interval}.{left_out}", "",
             *markdown_table(["", *names], rows, numbers_from=1)]
 
 

@@ -287,7 +287,7 @@ def judge(rows: list[dict[str, str]], seed: int = 0, most: int = 10) -> dict:
 
 def load(path: str | None, count: int, seed: int) -> list[dict[str, str]]:
     if path is None:
-        from helpers.practice import practice_rows
+        from make_practice import practice_rows
 
         return practice_rows("sql", "validation", count)
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:

@@ -76,7 +76,7 @@ def main(folders: list[str]) -> None:
         rows = [row(Path(folder)) for folder in folders]
         counts = ", ".join(sorted({str(count) for _, count in rows}))
         readme.put("measured", "\n".join([
-            f"Measured on validation rows ({counts} per task), with 95% bootstrap intervals:", "",
+            f"Measured on validation rows ({counts} per task), with 95% intervals:", "",
             "| job | training data | hardware | minutes in all | of these training | base | adapter |",
             "| --- | --- | --- | ---: | ---: | --- | --- |", *(line for line, _ in rows), "",
             "Made by `python -m helpers.jobs run …` and `python tests/tools/measured.py runs/<job id> …`."]))
