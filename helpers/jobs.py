@@ -198,7 +198,7 @@ def run(args: argparse.Namespace, name: str, path: str | None = None) -> int:
         for key, value in plan.parameters.items():
             print(f"    {key} = {value!r}")
         return 0
-    from helpers.attempts import execute  # it imports papermill, which takes seconds
+    from helpers.attempts import execute  # slow: it imports papermill
 
     status = execute(plan)
     print(f"{status['id']} {status['state']} after {status['seconds']} s: {plan.run_dir}")
@@ -248,7 +248,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.words[0] == "run":
         del args.words[0]
     if len(args.words) not in (1, 2) or (args.words[1:] and args.words[0] in COMMANDS):
-        parser.error("a word too many, or no job")
+        parser.error("give one job and at most one path")
     if not all("=" in pair for pair in args.pairs):
         parser.error("-p takes name=value, such as -p rank=8")
     return args

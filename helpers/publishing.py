@@ -61,14 +61,15 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
     check_free(adapter_dir)
     record = read_json(run_dir / "trained" / METRICS)
     del record["loss_log"]
-    data = Path(record["config"]["data"])
-    record["config"]["data"] = data.name if data.is_absolute() else str(data)  # no folder of ours
+    place, colon, path = record["config"]["data"].rpartition(":")
+    if os.path.isabs(path):  # the folders of this machine are nobody's business
+        record["config"]["data"] = place + colon + Path(path).name
     record |= {"evaluation": evaluation, "command": command, "examples": examples or [],
                "weights_sha256": sha256(run_dir / "trained" / WEIGHTS)}  # checked when it is read
     with disk_errors(adapter_dir.parent, "the adapter"):
         adapter_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".publishing-", dir=adapter_dir.parent) as folder:
-            staging = Path(folder) / "adapter"
+            staging = Path(folder) / adapter_dir.name
             shutil.copytree(run_dir / "trained", staging)
             write_record(staging, record)
             read_adapter(staging, record["config"]["base_model"])  # as whoever loads it will
@@ -80,7 +81,8 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
 
 
 def write_record(folder: Path, record: dict) -> None:
-    """metrics.json and the card made from it. A record that makes no card changes nothing."""
+    """metrics.json and the card made from it. If no card can be made of the record, nothing is
+    written."""
     card = model_card(record)
     write_json(folder / METRICS, record)
     write_text(folder / "README.md", card)
@@ -94,7 +96,7 @@ def update_card(folder: Path, **changes) -> dict:
     """
     folder = Path(folder)
     if not (folder / METRICS).is_file():
-        raise WorkbookError(f"{folder} has no {METRICS}, so its card cannot be kept up: publish it "
+        raise WorkbookError(f"{folder} has no {METRICS}, so its card cannot be updated: publish it "
                             "with notebook 04.")
     record = {**read_json(folder / METRICS), **changes}
     with disk_errors(folder, "the card"):
@@ -184,7 +186,7 @@ def evaluation_table(evaluation: dict) -> list[str]:
     left_out = ""
     if evaluation.get("undecidable"):
         left_out = (f" {evaluation['undecidable']} rows are left out of execution: no test "
-                    "database tells their query from others.")
+                    "database distinguishes their query from wrong ones.")
     return [f"On {evaluation['rows']:,} validation rows of {evaluation['source']}{measured}, "
             f"greedy decoding; mean with 95% {interval}.{left_out}", "",
             *markdown_table(["", *names], rows, numbers_from=1)]

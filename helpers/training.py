@@ -125,7 +125,8 @@ def load_inputs(config: FineTuneConfig):
 
 
 def world_size() -> int:
-    """How many workers train. Raises WorkbookError where another launcher's variables say more."""
+    """How many workers train. Raises WorkbookError where another launcher's variables speak of
+    more."""
     if distributed.is_initialized():
         return distributed.get_world_size()
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -141,7 +142,7 @@ def is_main() -> bool:
 
 
 def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool) -> None:
-    """Note the recipe in a new run's folder; refuse another run's folder, or another recipe."""
+    """Record the recipe in a new run's folder; refuse another run's folder, or another recipe."""
     rows_file = data.source_file(config.task, config.data)
     settings = {**dataclasses.asdict(config), "workers": workers,
                 "base_revision": base_models.revision_of(config.base_model),
@@ -169,7 +170,7 @@ def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
     world = trainer.accelerator.num_processes
     if used < len(rows.rows):
         print(f"{len(rows.rows) - used} of {len(rows.rows)} rows are longer than max_length="
-              f"{config.max_length} tokens and left out.")
+              f"{config.max_length} tokens and are left out.")
     print(f"Training on {used:,} rows of {rows.source}, {trainer.args.max_steps:,} steps of "
           f"{config.batch_size * config.gradient_accumulation * world} rows, {world} "
           f"worker{'s' * (world > 1)}, {base_models.hardware()}, weights {config.precision}, "
@@ -304,10 +305,11 @@ def main(run_dir: str) -> None:
     settings = read_json(known)
     definition = {name: tuple(value) if isinstance(value, list) else value
                   for name, value in settings["task_definition"].items()}
-    register(Task(**definition))  # a task of the reader's own is known to the notebook alone
+    register(Task(**definition))  # one that a reader registered is known to the notebook alone
     fields = [field.name for field in dataclasses.fields(FineTuneConfig)]
     config = FineTuneConfig(**{name: settings[name] for name in fields})
     with group(settings["workers"], {"run settings": str(config)}):
+        # resume: `train_on_workers` has opened the folder, and there may be checkpoints.
         train(config, *load_inputs(config), Path(run_dir), resume=True)
 
 
