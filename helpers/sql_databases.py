@@ -15,7 +15,8 @@ READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FU
 MAKES = READS | {sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
                  sqlite3.SQLITE_CREATE_VIEW, sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_INSERT,
                  sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_REINDEX}
-_FORBIDDEN_FUNCTIONS = {"load_extension", "randomblob", "zeroblob", "random"}
+_FORBIDDEN = {"load_extension", "randomblob", "zeroblob", "random"}
+_SLOW = {"printf", "format"}  # one call can take a minute; a table needs none
 _NUMBERS = ("INT", "REAL", "FLOA", "DOUB", "NUM", "DEC", "BOOL")
 _TEXTS = ("1", "2", "3", "5", "12", "alpha", "beta", "gamma", "delta")
 _COLUMNS = """SELECT m.type, m.name, c.name, c.type, c.hidden
@@ -54,9 +55,10 @@ def limits(connection: sqlite3.Connection, seconds: float,
 
     Raises sqlite3.Error for whatever is wrong, forbidden or too slow.
     """
+    forbidden = _FORBIDDEN if allowed is READS else _FORBIDDEN | _SLOW
 
     def authorise(action, first, second, database, trigger):
-        if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _FORBIDDEN_FUNCTIONS:
+        if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in forbidden:
             return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
