@@ -67,9 +67,10 @@ def bootstrap(values: list[float], seed: int = 0, samples: int = 2000) -> Estima
 
 def difference(a: list[float | None], b: list[float | None], seed: int = 0) -> Estimate:
     """Mean of a - b over the same rows, by bootstrap. Pairs share their luck, so its interval is
-    narrower than those of a and b. A row that either lacks (None) is left out."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if None not in (x, y)]
-    return bootstrap([x - y for x, y in pairs], seed)
+    narrower than those of a and b. A row that either lacks (None) is left out; without rows: NaN
+    in [-1, 1]."""
+    pairs = [x - y for x, y in zip(a, b, strict=True) if None not in (x, y)]
+    return bootstrap(pairs, seed) if pairs else Estimate(float("nan"), -1.0, 1.0, 0)
 
 
 def chrf(answer: str, reference: str) -> float:

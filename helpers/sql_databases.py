@@ -15,7 +15,8 @@ READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FU
 MAKES = READS | {sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
                  sqlite3.SQLITE_CREATE_VIEW, sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_INSERT,
                  sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_REINDEX}
-_FORBIDDEN_FUNCTIONS = {"load_extension", "randomblob", "zeroblob", "random"}
+_FORBIDDEN = {"load_extension", "randomblob", "zeroblob", "random"}
+_SLOW = {"printf", "format"}  # one call can take a minute; a table needs none
 _NUMBERS = ("INT", "REAL", "FLOA", "DOUB", "NUM", "DEC", "BOOL")
 _TEXTS = ("1", "2", "3", "5", "12", "alpha", "beta", "gamma", "delta")
 _COLUMNS = """SELECT m.type, m.name, c.name, c.type, c.hidden
@@ -39,11 +40,12 @@ Place = tuple[str, str]  # (table, column) in lower case
 @dataclass
 class Values:
     """What some queries compare columns with: values that meet a condition on a column (good), that
-    miss it closely (near), values beside no column (loose), and columns compared with columns."""
+    miss it closely (near), texts and numbers beside no column, and columns compared with columns."""
 
     good: dict[Place, list] = field(default_factory=dict)
     near: dict[Place, list] = field(default_factory=dict)
-    loose: list = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
     keys: set[Place] = field(default_factory=set)
 
 
@@ -54,9 +56,10 @@ def limits(connection: sqlite3.Connection, seconds: float,
 
     Raises sqlite3.Error for whatever is wrong, forbidden or too slow.
     """
+    forbidden = _FORBIDDEN if allowed is READS else _FORBIDDEN | _SLOW
 
     def authorise(action, first, second, database, trigger):
-        if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _FORBIDDEN_FUNCTIONS:
+        if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in forbidden:
             return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
@@ -115,8 +118,8 @@ def values_of(schema: Schema, queries: list[str]) -> Values:
         aliases = tables_of(words)
         for column, operator, value in conditions(words):
             good, near = _good_and_near(operator, value)
-            if column is None:
-                values.loose.append(value)
+            if column is None and value is not None:
+                (values.texts if isinstance(value, str) else values.numbers).append(value)
             for place in _places(schema, aliases, column):
                 values.good.setdefault(place, []).extend(good)
                 values.near.setdefault(place, []).extend(near)
@@ -215,8 +218,8 @@ def _rows(rng: random.Random, table: str, columns: list[tuple[str, bool]], value
                 row.append(rng.choice(good))
             elif near and rng.random() < (0.9 if name == odd else 0.5):
                 row.append(rng.choice(near))
-            elif values.loose and rng.random() < 0.1:
-                row.append(rng.choice(values.loose))
+            elif values.texts and rng.random() < 0.1:
+                row.append(rng.choice(values.texts))
             elif is_number or top == 60 or (table, name) in values.keys:
                 row.append(rng.randint(0, top))
             else:

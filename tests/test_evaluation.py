@@ -188,6 +188,7 @@ def test_what_the_databases_cannot_tell_is_left_out_and_counted(context, referen
     nothing = ev.summarise(scores[:1])["execution"]
     assert nothing.n == 0 and nothing.value != nothing.value and (nothing.low, nothing.high) == (0, 1)
     assert ev.difference([None, 1.0, 0.5], [0.0, 0.5, 0.5]) == ev.difference([1.0, 0.5], [0.5, 0.5])
+    assert ev.difference([None], [1.0]).n == 0
 
 
 def test_exact_match_knows_a_text_in_double_quotes():

@@ -325,11 +325,16 @@ def test_a_rows_context_can_only_make_tables(tmp_path, added):
 SLOW = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
 
 
+LONG = f"replace(replace('{'a' * 100}', 'a', '{'a' * 20}'), 'a', '{'a' * 20}')"  # 40,000 characters
+
+
 @pytest.mark.parametrize("added", [
     "CREATE VIEW v AS " + SLOW, "CREATE VIEW v AS SELECT load_extension('x') AS i",
     "CREATE VIEW v AS SELECT zeroblob(900000000) AS i",
-    "CREATE TABLE v (i CHECK (instr(printf('%.*c', 49000, 'a'), printf('%.*c', 24000, 'a') || 'b') = i))",
-    "CREATE TABLE v (i, j GENERATED ALWAYS AS (printf('%.*c', 900000000, 'a')) STORED)"])
+    f"CREATE TABLE v (i CHECK (instr({LONG}, substr({LONG}, 20000) || 'b') = i))",
+    f"CREATE TABLE v (i, j GENERATED ALWAYS AS (instr({LONG}, substr({LONG}, 20000) || 'b')) STORED)",
+    f"CREATE TABLE v (i, j GENERATED ALWAYS AS (hex({LONG} || i)) STORED)",
+    "CREATE TABLE v (i, j GENERATED ALWAYS AS (format('%.*c', 900000000, 'a')) STORED)"])
 def test_what_a_context_leaves_for_later_is_bounded_too(added):
     """A view runs when it is asked, a check and a generated column when a row comes."""
     started = time.monotonic()
