@@ -34,6 +34,8 @@ def execute(plan) -> dict:
     run_dir.mkdir(parents=True, exist_ok=plan.status is not None)
     try:
         with FileLock(run_dir / ".lock", timeout=0):
+            if plan.status is not None:  # another process may just have ended it
+                runs.find_unfinished(plan.job.name, run_dir.name, run_dir.parent)
             status, attempt = begin(plan), Attempt(plan)
             try:
                 status |= {"warning": attempt.run(), "state": "succeeded"}
@@ -60,7 +62,7 @@ def catch_signals() -> list[str]:
         if len(received) == 1:
             raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handle)
     return received

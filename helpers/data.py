@@ -113,6 +113,9 @@ def _hub_rows(task: Task, source: str) -> tuple[list[dict], str, str]:
     from datasets import load_dataset
 
     name = source.removeprefix("hub").removeprefix(":") or task.hub_dataset
+    if not name:
+        raise WorkbookError(f"task {task.name!r} has no hub dataset of its own: use "
+                            "data='hub:<dataset id>' or a file.")
     try:
         dataset = load_dataset(name, split="train")
     except Exception as error:  # the hub's client raises many kinds

@@ -39,8 +39,8 @@ def fetch_embedded(quiet: bool = False) -> Path:
     """
     cache = cache_dir()
     target = cache / EMBEDDED
-    if not is_complete(target):
-        with disk_errors(cache, "the base model"):
+    with disk_errors(cache, "the base model"):
+        if not is_complete(target):
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f"{EMBEDDED}.lock"):
                 if not is_complete(target):  # else another process was faster

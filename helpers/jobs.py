@@ -84,8 +84,9 @@ class Plan:
     def command(self) -> str:
         """What to type for the same run; of a path only its last part, as model cards show it."""
         words = ["python", "-m", "helpers.jobs", "run", self.job.name]
-        for name, value in self.parameters.items():
-            if value != self.job.declared[name].default:
+        for name, parameter in self.job.declared.items():
+            value = self.parameters.get(name, parameter.default)
+            if value != parameter.default:
                 shown = Path(value).name if os.path.isabs(str(value)) else value
                 words += ["-p", f"{name}={shown}"]
         return shlex.join(words)
@@ -192,6 +193,8 @@ def plan_job(name, given=None, path=None, resume=False, runs_dir=None, notebooks
 
 def run(args: argparse.Namespace, name: str, path: str | None = None) -> int:
     given = dict(pair.split("=", 1) for pair in args.pairs)
+    if len(given) < len(args.pairs):
+        raise WorkbookError("A parameter is given twice with -p: give it once.")
     plan = plan_job(name, given, path, args.resume, args.runs_dir, args.notebooks_dir)
     if args.dry_run:
         print(f"notebook: {plan.job.notebook}\nfolder: {plan.run_dir}\nparameters:")

@@ -209,8 +209,11 @@ class Panel:
             self.error = error
             said = str(error) if isinstance(error, WorkbookError) else repr(error)
         with self._busy:
-            said = "; ".join(filter(None, [said, self._swap_to_chosen()]))
-            self._set(ERROR if self.error else IDLE, said)
+            try:
+                swapped = self._swap_to_chosen()
+            except WorkbookError as problem:  # another user of the bank has just unloaded it
+                swapped = str(problem)
+            self._set(ERROR if self.error else IDLE, "; ".join(filter(None, [said, swapped])))
 
     def _load(self) -> str:
         if self.bank is None:

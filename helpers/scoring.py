@@ -122,10 +122,12 @@ def undecidable(scores: list[dict[str, float | None]]) -> int:
 
 
 def summarise(scores: list[dict[str, float | None]], seed: int = 0) -> dict[str, Estimate]:
-    """Each metric's mean over the rows that have it, with its interval."""
+    """Each metric's mean over the rows that have it, with its interval. A metric that no row has
+    is left out."""
     means = {}
     for name in scores[0]:
-        means[name] = estimate([row[name] for row in scores if row[name] is not None], seed)
+        if values := [row[name] for row in scores if row[name] is not None]:
+            means[name] = estimate(values, seed)
     return means
 
 

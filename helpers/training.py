@@ -39,8 +39,8 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
           resume: bool = False) -> dict:
     """Train an adapter on a loaded base model and save it in ``run_dir/trained``.
 
-    The loss is the mean cross-entropy over the scored tokens of the whole batch. The base model is
-    afterwards as it was. resume: go on from the newest complete checkpoint of `run_dir`.
+    The loss is the mean cross-entropy over the scored tokens of the whole batch. The base model
+    is given back without LoRA. resume: go on from the newest complete checkpoint of `run_dir`.
     Returns the run's record, on every worker; rank 0 writes it beside the adapter, as metrics.json.
     Raises WorkbookError for bad data, a full disk, too little memory, or a folder of another run.
     """
@@ -50,11 +50,11 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     set_seed(config.seed)
     encoded, left_out = data.encode_rows(tokenizer, get_task(config.task), rows.rows,
                                          config.max_length)
-    trainer = make_trainer(config, model, tokenizer, encoded, run_dir)
-    checkpoint = last_checkpoint(run_dir / "checkpoints")
-    if is_main():
-        _say_what_begins(config, rows, len(encoded), trainer, checkpoint)
+    checkpoint, trainer = last_checkpoint(run_dir / "checkpoints"), None
     try:
+        trainer = make_trainer(config, model, tokenizer, encoded, run_dir)
+        if is_main():
+            _say_what_begins(config, rows, len(encoded), trainer, checkpoint)
         with disk_errors(run_dir, "a checkpoint"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result = _record(config, trainer, rows, len(encoded), left_out)
@@ -68,10 +68,11 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
                             f"max_length={config.max_length}: lower batch_size (and raise "
                             "gradient_accumulation by the same factor), or lower max_length."
                             ) from error
-    finally:  # the caller gets its model back as it was
+    finally:  # the caller gets its model back
         if config.compile:
             recorded.undo_compile(model)
-        trainer.accelerator.unwrap_model(trainer.model).unload().eval()
+        if trainer:
+            trainer.accelerator.unwrap_model(trainer.model).unload().eval()
     return result
 
 
@@ -308,9 +309,10 @@ def main(run_dir: str) -> None:
     register(Task(**definition))  # one that a reader registered is known to the notebook alone
     fields = [field.name for field in dataclasses.fields(FineTuneConfig)]
     config = FineTuneConfig(**{name: settings[name] for name in fields})
+    inputs = load_inputs(config)  # before the group forms: it waits long for a slow disk or network
     with group(settings["workers"], {"run settings": str(config)}):
         # resume: `train_on_workers` has opened the folder, and there may be checkpoints.
-        train(config, *load_inputs(config), Path(run_dir), resume=True)
+        train(config, *inputs, Path(run_dir), resume=True)
 
 
 if __name__ == "__main__":

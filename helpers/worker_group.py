@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     except WorkbookError as error:
         failures = [_failure(str(error))]
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         failures = [_failure(f"{HOST} did not meet the other hosts at {at} ({reason}): see whether "
                              "all run, and can reach that address of the first host and a free "
                              "MASTER_PORT there")]

@@ -547,3 +547,8 @@ def test_a_full_disk_at_the_start_is_told(options, command, capsys, monkeypatch)
     assert jobs.main(["good", *command]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert runs.list_runs(options["runs_dir"]) == []
+
+
+def test_a_parameter_given_twice_is_refused(tmp_path, jobs):
+    result = jobs("run", "sql", "-p", "rank=8", "-p", "rank=16", "--dry-run")
+    assert result.returncode == 2 and "given twice" in result.stderr

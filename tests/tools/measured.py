@@ -64,7 +64,7 @@ def row(folder: Path) -> tuple[str, int]:
     base, adapter = (figures(evaluation[who], ("exact", "execution", "chrf")) for who in ("base", "adapter"))
     data = "practice" if metrics["data_source"].startswith("practice") else metrics["data_source"]
     given = " ".join(f"-p {k}={v}" for k, v in status["parameters"].items()
-                     if k in ("max_rows", "epochs", "preset", "eval_rows") and v not in (0, 0.0, "", "default", 100))
+                     if k in ("max_rows", "epochs", "preset", "eval_rows") and v not in (None, "default", 100))
     line = (f"| {metrics['config']['task']} {given} | {data}, {metrics['rows']:,} rows | {metrics['hardware']} | "
             f"{status['seconds'] / 60:.1f} | "
             f"{metrics['training_seconds'] / 60:.1f} | {base} | {adapter} |")
