@@ -46,9 +46,7 @@ def estimate(values: list[float], seed: int = 0) -> Estimate:
 
 def wilson(values: list[float]) -> Estimate:
     """A share of rows with Wilson's score interval (1927), which holds for few rows too: that of 0
-    of 100 is [0, 0.037], where a bootstrap says [0, 0]. Without rows: NaN in [0, 1]."""
-    if not values:
-        return Estimate(float("nan"), 0.0, 1.0, 0, "wilson")
+    of 100 is [0, 0.037], where a bootstrap says [0, 0]. Raises ValueError without values."""
     k, n = int(sum(values)), len(values)
     low, high = binomtest(k, n).proportion_ci(method="wilson")
     return Estimate(k / n, float(low), float(high), n, "wilson")

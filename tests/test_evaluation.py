@@ -185,8 +185,7 @@ def test_what_the_databases_cannot_tell_is_left_out_and_counted(context, referen
     assert [row["execution"] for row in scores] == [None, 1.0] and ev.undecidable(scores) == 1
     metrics = ev.summarise(scores)
     assert metrics["execution"].n == 1 and metrics["exact"].n == 2
-    nothing = ev.summarise(scores[:1])["execution"]
-    assert nothing.n == 0 and nothing.value != nothing.value and (nothing.low, nothing.high) == (0, 1)
+    assert "execution" not in ev.summarise(scores[:1]), "a mean of no rows is no number, and has no place in a record"
     assert ev.difference([None, 1.0, 0.5], [0.0, 0.5, 0.5]) == ev.difference([1.0, 0.5], [0.5, 0.5])
     assert ev.difference([None], [1.0]).n == 0
 
