@@ -40,7 +40,7 @@ Place = tuple[str, str]  # (table, column) in lower case
 @dataclass
 class Values:
     """What some queries compare columns with: values that meet a condition on a column (good), that
-    miss it closely (near), texts and numbers beside no column, and columns compared with columns."""
+    miss it closely (near), texts and numbers beside no column, columns compared with columns."""
 
     good: dict[Place, list] = field(default_factory=dict)
     near: dict[Place, list] = field(default_factory=dict)
