@@ -39,8 +39,8 @@ Place = tuple[str, str]  # (table, column) in lower case
 
 @dataclass
 class Values:
-    """What some queries compare columns with: values that meet a condition on a column (good) or
-    miss it closely (near), values beside no column, and columns compared with columns."""
+    """What some queries compare columns with: values that meet a condition on a column (good), that
+    miss it closely (near), texts and numbers beside no column, columns compared with columns."""
 
     good: dict[Place, list] = field(default_factory=dict)
     near: dict[Place, list] = field(default_factory=dict)

@@ -26,7 +26,8 @@ MOST_ROWS = 5000  # of a result that is compared
 # Of a database: rows, rows per number that the reference counts to, share of empty cells; in turn.
 _SHAPES = ((24, 1.3, 0.0), (9, 2, 0.1), (16, 1, 0.0), (4, 1, 0.0), (24, 3, 0.1), (9, 1, 0.0),
            (16, 2, 0.3), (4, 0, 0.0))
-_FEWEST, _MOST = 3, 32  # databases for a reference
+# Databases for a reference: at least; while an edit lives; while one lives that must not.
+_FEWEST, _MORE, _MOST = 3, 12, 32
 _STEPS = 30  # thousands of SQLite's operations that an edit may take
 
 # That a model's text is no query is a score, not a warning.
@@ -137,7 +138,7 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
         if index < _FEWEST or len(left) < len(alive):
             chosen.append(index)
         alive = left
-        enough = len(_SHAPES) if alive else _FEWEST
+        enough = _MORE if alive else _FEWEST
         if index + 1 >= enough and not any(alive.values()) or time.monotonic() > deadline:
             break
     return tuple(chosen), not any(alive.values())
