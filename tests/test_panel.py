@@ -368,10 +368,15 @@ def test_a_query_can_only_read_and_only_for_a_while(query, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("context", ["", "no sql", "ATTACH 'x.db' AS x", f"{TABLE}; DROP TABLE employees",
-                                     f"{TABLE}; ATTACH 'x.db' AS x", "CREATE TABLE a AS SELECT 1", "CREATE TABLE a ("])
+                                     f"{TABLE}; ATTACH 'x.db' AS x", "CREATE TABLE a AS SELECT load_extension('x')", "CREATE TABLE a ("])
 def test_a_context_that_does_more_than_make_tables_is_not_run(context, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "Not run" in panel_html.sql_results(context, ["SELECT 1"])[0] and not list(tmp_path.iterdir())
+
+
+def test_a_context_may_make_its_tables_from_queries_and_views():
+    for context in ("CREATE TABLE a AS SELECT 1 AS b", f"{TABLE}; CREATE VIEW v AS SELECT name FROM employees"):
+        assert "Run on made-up rows" in panel_html.sql_results(context, ["SELECT 1"])[0]
 
 
 def test_sql_cells_are_escaped():
