@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterable
 from html import escape
 
-from sqlglot.errors import SqlglotError
-
 from helpers import evaluation
 from helpers.adapters import AdapterBank, Answer, Settings
 
@@ -119,7 +117,7 @@ def sql_results(context: str, queries: list[str], seconds: float = 1.0) -> list[
         if not context.strip():
             raise ValueError("there is no CREATE TABLE statement")
         connection = evaluation.fill_databases(context, queries, databases=1)[0]
-    except (SqlglotError, sqlite3.Error, RecursionError, ValueError) as error:
+    except (sqlite3.Error, RecursionError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         return [note(f"Not run: the table cannot be made ({reason}).")] * len(queries)
     shown = []

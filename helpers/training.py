@@ -48,8 +48,7 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     check_fits(config, model)
     _open_run(config, run_dir, world_size(), resume)
     set_seed(config.seed)
-    encoded, left_out = data.encode_rows(tokenizer, get_task(config.task), rows.rows,
-                                         config.max_length)
+    encoded, _ = data.encode_rows(tokenizer, get_task(config.task), rows.rows, config.max_length)
     checkpoint, trainer = last_checkpoint(run_dir / "checkpoints"), None
     try:
         trainer = make_trainer(config, model, tokenizer, encoded, run_dir)
@@ -57,7 +56,7 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
             _say_what_begins(config, rows, len(encoded), trainer, checkpoint)
         with disk_errors(run_dir, "a checkpoint"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        result = _record(config, trainer, rows, len(encoded), left_out)
+        result = _record(config, trainer, rows, len(encoded))
         if is_main():
             for warning in result["warnings"]:
                 print(f"Warning: {warning}", flush=True)
@@ -180,7 +179,7 @@ def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
         print(f"Going on from {checkpoint.name}.", flush=True)
 
 
-def _record(config, trainer, rows, used: int, left_out: int) -> dict:
+def _record(config, trainer, rows, used: int) -> dict:
     """What happened, as metrics.json keeps it. Raises WorkbookError if nothing was learned."""
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     if not any(p.any() for name, p in trained.items() if "lora_B" in name):
@@ -197,7 +196,7 @@ def _record(config, trainer, rows, used: int, left_out: int) -> dict:
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {
         "config": dataclasses.asdict(config), "data_source": rows.source,
-        "data_licence": rows.licence, "rows": used, "rows_left_out": left_out,
+        "data_licence": rows.licence, "rows": used, "rows_left_out": len(rows.rows) - used,
         "steps": trainer.state.global_step, "final_loss": last, "warnings": warnings,
         "training_seconds": trainer.progress.seconds(), "hardware": base_models.hardware(),
         "workers": trainer.accelerator.num_processes, "dtype": str(base_models.best_dtype()),
