@@ -507,16 +507,8 @@ def test_a_second_adapter_with_layers_of_its_own_acts_alone_and_a_failed_one_not
 
     bank.load(found["narrow"])
     before = [logits(None), logits("narrow")]
-    create, calls = LoraModel._create_and_replace, []
-
-    def interrupted(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return create(*arguments, **options)
-
     with monkeypatch.context() as broken:
-        broken.setattr(LoraModel, "_create_and_replace", interrupted)
+        broken.setattr(LoraModel, "_create_and_replace", interrupted_at_the_third_layer())
         with pytest.raises(KeyboardInterrupt):
             bank.load(found["wide"])
     assert list(bank.adapters) == ["narrow"] and torch.equal(logits(None), before[0]) and torch.equal(logits("narrow"), before[1])
@@ -531,7 +523,8 @@ def test_a_second_adapter_with_layers_of_its_own_acts_alone_and_a_failed_one_not
     assert not any(p.requires_grad for p in bank.model.parameters()) and not any(m.training for m in bank.model.modules())
 
 
-def test_an_interrupt_in_the_first_load_leaves_the_base_model(tiny, shelf, monkeypatch, expected):
+def interrupted_at_the_third_layer():
+    """PEFT's `_create_and_replace`, interrupted when it is called for the third time."""
     from peft.tuners.lora import LoraModel
 
     create, calls = LoraModel._create_and_replace, []
@@ -542,10 +535,16 @@ def test_an_interrupt_in_the_first_load_leaves_the_base_model(tiny, shelf, monke
             raise KeyboardInterrupt
         return create(*arguments, **options)
 
+    return interrupted
+
+
+def test_an_interrupt_in_the_first_load_leaves_the_base_model(tiny, shelf, monkeypatch, expected):
+    from peft.tuners.lora import LoraModel
+
     bank, info = adapters.AdapterBank(str(tiny)), infos(tiny, shelf)[0]
     before = [name for name, _ in bank.model.named_modules()]
     with monkeypatch.context() as broken:
-        broken.setattr(LoraModel, "_create_and_replace", interrupted)
+        broken.setattr(LoraModel, "_create_and_replace", interrupted_at_the_third_layer())
         with pytest.raises(KeyboardInterrupt):
             bank.load(info)
     assert [name for name, _ in bank.model.named_modules()] == before and not bank.adapters
