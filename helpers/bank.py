@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from helpers import WorkbookError, base_models, is_text
 from helpers.adapter_files import AdapterInfo, read_tensors
+from helpers.data import prompt_ids
 from helpers.generation import Answer, Settings, write_batch
 from helpers.registry import EMBEDDED
 
@@ -213,7 +214,7 @@ class AdapterBank:
         settings.check()
         if not prompts or not all(prompt and is_text(prompt) for prompt in prompts):
             raise WorkbookError("The prompt is empty or no text: write one or choose a sample.")
-        width = max(map(len, self.tokenizer(prompts, add_special_tokens=False)["input_ids"]))
+        width = max(len(prompt_ids(self.tokenizer, prompt)) for prompt in prompts)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit and width + settings.max_new_tokens > limit:
             raise WorkbookError(f"The prompt's {width:,} tokens and {settings.max_new_tokens:,} "

@@ -24,6 +24,7 @@ from helpers.registry import EMBEDDED, cache_dir, custom_adapters_dir, resolve  
 warnings.filterwarnings("ignore", category=FutureWarning,
                         message=".*deprecated and will be removed in v6.*")
 
+MODEL_CONFIGS = ("generation_config.json", "config.json")
 HUB_ERRORS = (  # the first kind that fits
     (hub.RevisionNotFoundError, "has no such revision on the model hub: check what follows the @"),
     (hub.GatedRepoError, "is gated: accept its terms on the hub and log in with `hf auth login`"),
@@ -124,8 +125,25 @@ def _cpuinfo() -> str:
 
 
 def load_tokenizer(name: str = EMBEDDED):
-    """The base model's tokenizer. Where it has no pad token, its end-of-text token pads."""
-    tokenizer = AutoTokenizer.from_pretrained(fetch(name), trust_remote_code=False)
+    """The base model's tokenizer, with an end-of-text token (the tokenizer's own, else the one of
+    the model's config) and a pad token (its own, else the end-of-text token).
+    Raises WorkbookError where there is no tokenizer or no end-of-text token."""
+    folder = fetch(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WorkbookError(f"The tokenizer of {name} cannot be loaded ({reason}): put its "
+                            f"tokenizer files into {folder}.") from error
+    ends = [read_json(folder / file).get("eos_token_id") for file in MODEL_CONFIGS
+            if (folder / file).is_file()]
+    for end in ends:
+        if tokenizer.eos_token_id is None and end is not None:
+            first = end[0] if isinstance(end, list) else end
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    if tokenizer.eos_token_id is None:
+        raise WorkbookError(f"{name} has no end-of-text token, so it cannot be taught where an "
+                            f"answer ends: set eos_token in {folder / 'tokenizer_config.json'}.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -77,7 +77,7 @@ def verifiable(task: Task, model, tokenizer, every: int = 1, progress=None,
     return systems
 
 
-def token_losses(model, tokenizer, prompts: list[str], completions: list[str],
+def token_losses(model, tokenizer, prompts: list[str] | list[list[int]], completions: list[str],
                  batch_size: int | None = None) -> list[float]:
     """Mean cross-entropy (nats) per token of each completion and its end-of-text token, given its
     prompt."""
@@ -100,11 +100,11 @@ def token_losses(model, tokenizer, prompts: list[str], completions: list[str],
     return losses
 
 
-def chat_prompts(tokenizer, messages: list[str]) -> list[str]:
-    """User messages in the tokenizer's own chat template, up to where the model's answer begins."""
+def chat_prompts(tokenizer, messages: list[str]) -> list[list[int]]:
+    """Token ids of user messages in the tokenizer's own chat template, up to where the model's
+    answer begins."""
     turns = [[{"role": "user", "content": text}] for text in messages]
-    return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            for turn in turns]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
 
 def chat_answer(task: Task, text: str) -> str:
@@ -128,7 +128,7 @@ def check_parameters(parameters: dict) -> None:
                             "runs.")
 
 
-def _prompts(task: Task, tokenizer, rows: list[dict[str, str]]) -> dict[str, list[str]]:
+def _prompts(task: Task, tokenizer, rows: list[dict[str, str]]) -> dict[str, list]:
     """What each system is asked: the task's prompt, or a chat if the tokenizer has a template."""
     prompts = {"base": [task.prompt(row) for row in rows]}
     if tokenizer.chat_template:
@@ -141,7 +141,7 @@ def _as(model, system: str):
     return contextlib.nullcontext() if system == "adapter" else model.disable_adapter()
 
 
-def _generate_as(task: Task, model, tokenizer, prompts: dict[str, list[str]],
+def _generate_as(task: Task, model, tokenizer, prompts: dict[str, list],
                  progress) -> dict[str, list[str]]:
     """What each system writes after its prompts: a chat up to the end-of-text token, the others up
     to the task's stop text."""
@@ -173,11 +173,11 @@ def _add_detox_scores(systems: dict, model, tokenizer, rows: list[dict[str, str]
     fluency: 1 when the base model finds the answer no more surprising, per token, than 95% of the
     human answers (there is no packaged judge of grammar; an empty answer is not fluent).
     """
+    before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     losses = {}
     with model.disable_adapter():
         for name, system in systems.items():
-            nothing = [tokenizer.bos_token] * len(rows)
-            losses[name] = token_losses(model, tokenizer, nothing, system["answers"])
+            losses[name] = token_losses(model, tokenizer, [before] * len(rows), system["answers"])
     limit = float(np.quantile(losses["human"], 0.95))
     for name, system in systems.items():
         answers = system["answers"]

@@ -10,6 +10,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from helpers import check_numbers
+from helpers.data import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Answer:
         return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else 0.0
 
 
-def generate(model, tokenizer, prompts: list[str], max_new_tokens: int,
+def generate(model, tokenizer, prompts: list[str] | list[list[int]], max_new_tokens: int,
              batch_size: int | None = None, stop: str | None = None,
              progress: Callable[[int], None] | None = None, **settings) -> list[str]:
-    """One completion per prompt, in their order, without special tokens.
+    """One completion per prompt (text or token ids, see data.prompt_ids), in their order.
 
     Greedy, unless `settings` (of transformers' generate) say otherwise. Prompts are sorted by their
     length, so that batches waste little. batch_size: prompts at once (None: 32 on a CPU, 256 on a
@@ -95,7 +96,7 @@ def generate(model, tokenizer, prompts: list[str], max_new_tokens: int,
     return texts
 
 
-def write_batch(model, tokenizer, prompts: list[str], stop_text: str = "",
+def write_batch(model, tokenizer, prompts: list[str] | list[list[int]], stop_text: str = "",
                 on_text: Callable[[list[str]], None] | None = None,
                 halt: threading.Event | None = None, **options) -> list[Answer]:
     """Complete prompts in one batch, padded on the left.
@@ -104,8 +105,9 @@ def write_batch(model, tokenizer, prompts: list[str], stop_text: str = "",
     own), or at `stop_text` after something that is not blank; all end when `halt` is set. on_text:
     called with all rows' texts so far after each token. options: of transformers' generate.
     """
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left",
-                      add_special_tokens=False).to(model.device)
+    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    batch = tokenizer.pad({"input_ids": asked}, padding_side="left", return_attention_mask=True,
+                          return_tensors="pt").to(model.device)
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad, width = tokenizer.pad_token_id, batch["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-"""Notebooks as jobs: ``python -m helpers.jobs list | run <job> | status``.
+"""Notebooks as jobs: ``python -m helpers.jobs list | run <job> | status | check <rows>``.
 
 A job is a notebook of ``notebooks/jobs.yaml``. Names and types of its parameters are checked here,
 values by the job's own ``check``; then helpers.attempts runs the notebook.
@@ -26,7 +26,7 @@ import yaml
 from helpers import KINDS, ROOT, WorkbookError, closest, is_text, read_json
 from helpers.runs import find_unfinished, list_runs, seconds_since
 
-COMMANDS = ("list", "run", "status")
+COMMANDS = ("list", "run", "status", "check")
 SET_BY_JOB = ("run_dir", "resume")  # parameters that every notebook is given
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
@@ -233,10 +233,25 @@ def show_status(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_rows(args: argparse.Namespace, source: str) -> int:
+    """Print what the rows of a source are like, before anything is trained on them."""
+    from helpers.preflight import check_source  # slow: it imports transformers
+
+    known = read_parameters(ROOT / "notebooks" / "04_fine_tune.ipynb")
+    values = {}
+    for name, text in (pair.split("=", 1) for pair in args.pairs):
+        if name not in ("base_model", "max_length"):
+            raise WorkbookError(f"check has no parameter {name!r}: it takes base_model and "
+                                "max_length.")
+        values[name] = convert(known[name], text)
+    print("\n".join(check_source(args.task, source, **values)))
+    return 0
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.jobs", allow_abbrev=False, description="Run notebooks as jobs.",
-        usage="%(prog)s list | [run] JOB [PATH] [options] | status")
+        usage="%(prog)s list | [run] JOB [PATH] [options] | status | check ROWS --task TASK")
     add = parser.add_argument
     add("words", nargs="+", help=argparse.SUPPRESS)
     add("-p", dest="pairs", action="append", default=[], metavar="name=value", help="see list")
@@ -245,12 +260,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", nargs="?", const=True, default=False, metavar="JOB_ID",
         help="go on with the newest unfinished run of the job, or with this one")
     add("--dry-run", action="store_true", help="check everything, create nothing")
+    add("--task", help="check: the task that the rows (a file, practice or hub) are for")
     add("--runs-dir", type=Path, metavar="DIR", help="where runs are kept (default: runs/)")
     add("--notebooks-dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     if args.words[0] == "run":
         del args.words[0]
-    if len(args.words) not in (1, 2) or (args.words[1:] and args.words[0] in COMMANDS):
+    if args.words[0] == "check":
+        if len(args.words) != 2 or not args.task:
+            parser.error("check takes one file of rows and --task, such as --task sql")
+    elif args.task:
+        parser.error("--task belongs to check")
+    elif len(args.words) not in (1, 2) or (args.words[1:] and args.words[0] in COMMANDS):
         parser.error("give one job and at most one path")
     if not all("=" in pair for pair in args.pairs):
         parser.error("-p takes name=value, such as -p rank=8")
@@ -262,7 +283,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.words == ["list"]:
             return show_jobs(args)
-        return show_status(args) if args.words == ["status"] else run(args, *args.words)
+        if args.words == ["status"]:
+            return show_status(args)
+        return check_rows(args, args.words[1]) if args.task else run(args, *args.words)
     except WorkbookError as error:
         print(error, file=sys.stderr)
         return 2

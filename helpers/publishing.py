@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from helpers import (METRICS, WorkbookError, base_models, disk_errors, read_json, sha256,
                      write_json, write_text)
 from helpers.adapter_files import CONFIG, WEIGHTS, read_adapter
+from helpers.preflight import describe
 from helpers.recipes import check_free
 from helpers.registry import resolve
 from helpers.tasks import get_task
@@ -50,11 +51,12 @@ def save_trained(model, record: dict, run_dir: Path) -> None:
 
 
 def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[dict] | None = None,
-            command: str = "") -> Path:
+            command: str = "", preflight: dict | None = None) -> Path:
     """Make `adapter_dir` from ``run_dir/trained``, all or nothing; the run keeps the same record.
 
     evaluation: what was measured, see `evaluation_table`. examples: rows to show, each with the
-    keys note, prompt, adapter and reference. command: how the run was started.
+    keys note, prompt, adapter and reference. command: how the run was started. preflight: what
+    `preflight.preflight` has counted.
     Raises WorkbookError when the folder exists, or a disk is full.
     """
     run_dir, adapter_dir = Path(run_dir), Path(adapter_dir)
@@ -65,6 +67,7 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
     if os.path.isabs(path):  # the folders of this machine are nobody's business
         record["config"]["data"] = place + colon + Path(path).name
     record |= {"evaluation": evaluation, "command": command, "examples": examples or [],
+               "preflight": preflight,
                "weights_sha256": sha256(run_dir / "trained" / WEIGHTS)}  # checked when it is read
     with disk_errors(adapter_dir.parent, "the adapter"):
         adapter_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -140,11 +143,16 @@ def _facts(record: dict, base) -> list[list[str]]:
     packed = "" if whole else f" packed into rows of {config['max_length']} tokens"
     rows_a_step = config["batch_size"] * config["gradient_accumulation"] * record["workers"]
     command = [["command", f"`{record['command']}`"]] if record.get("command") else []
+    checked = []
+    if record.get("preflight"):
+        task, found = get_task(config["task"]), record["preflight"]
+        checked = [["rows checked", " ".join(describe(found, task, config["max_length"]))]]
     return [
         ["base model", f"{base.hub_id or base.name}, revision {record['base_revision']}, licence "
                        f"{base.licence}"],
         ["data", f"{record['data_source']}: {record['rows']:,} training rows{packed}. "
                  f"{record['data_licence']}"],
+        *checked,
         ["LoRA", f"rank {config['rank']}, alpha {config['alpha']}, dropout {config['dropout']:g}, "
                  f"{record['trained_parameters']:,} parameters"],
         ["training", f"{record['steps']:,} steps of {rows_a_step} rows, learning rate "

@@ -10,6 +10,7 @@ Adding a task of your own is one call::
 after which ``data.load_rows``, the fine-tuning notebook and the panel know it.
 """
 
+import re
 import string
 from dataclasses import dataclass, field
 
@@ -71,6 +72,15 @@ class Task:
     def completion(self, row: dict[str, str]) -> str:
         """The text that the model must write after the prompt, without the end-of-text token."""
         return self._value(row, self.target).strip()
+
+    def on_one_line(self, target: str) -> str:
+        """A query without line breaks, where they mean nothing: outside quotes, and if it has no
+        comment up to the line's end. Targets of other tasks stay as they are."""
+        parts = re.split(r"""('[^']*'|"[^"]*")""", target)  # every second one is quoted
+        if self.metric != "execution" or any("--" in part for part in parts[::2]):
+            return target
+        parts[::2] = [re.sub(r"\s*[\r\n]\s*", " ", part) for part in parts[::2]]
+        return "".join(parts)
 
     def _value(self, row: dict[str, str], name: str) -> str:
         if name not in row and name not in self.optional:

@@ -1,0 +1,88 @@
+"""What rows are like, said before training: ``python -m helpers.jobs check rows.jsonl --task sql``.
+
+Nothing here changes a row; `data.load_rows` refuses rows that make training impossible.
+"""
+
+import unicodedata
+from collections import defaultdict
+
+from helpers import base_models
+from helpers.data import encode, load_splits, words
+from helpers.recipes import FineTuneConfig
+from helpers.tasks import Task, get_task
+
+ENGLISH_JUDGES = {"detox": "style, similarity and fluency"}  # metrics by task
+FINDINGS = {
+    "duplicates": "Training rows that repeat another one, and so count twice",
+    "contradicted": "Training prompts that have several different targets",
+    "leaked": "Validation rows with the prompt of a training row, so that their score flatters",
+    "too_long": "Training rows longer than max_length={max_length} tokens, which are left out",
+    "cut_targets": "Targets longer than max_new_tokens={max_new_tokens}, which no answer can equal",
+    "special": "Rows that hold the text of a special token, which is encoded as plain text",
+    "other_script": "Rows mostly not in Latin script; the judges of {judges} read English",
+}
+
+
+def preflight(task: Task, train: list[dict], validation: list[dict], tokenizer,
+              max_length: int) -> dict[str, int]:
+    """Count what a reader should know of rows before training.
+
+    Returns "train" and "validation" (rows), "tokens" (of the training rows that fit into
+    `max_length`), "scored_tokens" (of their completions, end-of-text tokens included), and the
+    counts of FINDINGS. Prompts are compared by their words, in any letter case. A script is seen,
+    a language is not: German rows count as readable.
+    """
+    counts = {"train": len(train), "validation": len(validation), "tokens": 0, "scored_tokens": 0,
+              **dict.fromkeys(FINDINGS, 0)}
+    targets = defaultdict(list)  # of training, by the prompt's words
+    for row in train:
+        known = targets[words(task.prompt(row))]
+        counts["duplicates"] += task.completion(row) in known
+        known.append(task.completion(row))
+        labels = encode(tokenizer, task.prompt(row), task.completion(row))["labels"]
+        fits = len(labels) <= max_length
+        counts["too_long"] += not fits
+        counts["tokens"] += len(labels) * fits
+        counts["scored_tokens"] += sum(label != -100 for label in labels) * fits
+    counts["contradicted"] = sum(len(set(known)) > 1 for known in targets.values())
+    counts["leaked"] = sum(words(task.prompt(row)) in targets for row in validation)
+    special = [str(one) for one in tokenizer.added_tokens_decoder.values() if one.special]
+    for row in [*train, *validation]:
+        text = task.prompt(row) + task.completion(row)
+        answer = encode(tokenizer, [], task.completion(row))["input_ids"]
+        counts["cut_targets"] += len(answer) > task.max_new_tokens
+        counts["special"] += any(token in text for token in special)
+        counts["other_script"] += task.name in ENGLISH_JUDGES and _mostly_not_latin(text)
+    return counts
+
+
+def _mostly_not_latin(text: str) -> bool:
+    letters = [letter for letter in text if letter.isalpha()]
+    latin = sum("LATIN" in unicodedata.name(letter, "") for letter in letters)
+    return latin < len(letters) / 2
+
+
+def describe(counts: dict[str, int], task: Task, max_length: int) -> list[str]:
+    """`preflight`'s counts as lines for a person: the sizes, then a line for each finding."""
+    lines = ["{train:,} training rows, {validation:,} validation rows; {tokens:,} tokens to train "
+             "on, {scored_tokens:,} of them scored.".format(**counts)]
+    facts = {"max_length": max_length, "max_new_tokens": task.max_new_tokens,
+             "judges": ENGLISH_JUDGES.get(task.name, "")}
+    for name, sentence in FINDINGS.items():
+        if counts[name]:
+            lines.append(f"{sentence.format(**facts)}: {counts[name]:,}.")
+    if len(lines) == 1:
+        lines.append("No duplicates, no contradictions, no leaks between the splits, no row too "
+                     "long, no special tokens.")
+    return lines
+
+
+def check_source(task_name: str, source: str, **parameters) -> list[str]:
+    """`describe` for all rows of a source of `load_rows`. parameters: base_model, max_length.
+    Raises WorkbookError as `load_rows` and `FineTuneConfig` do."""
+    config = FineTuneConfig.from_parameters(task=task_name, data=source, **parameters)
+    task, (splits, described, _) = get_task(task_name), load_splits(task_name, source)
+    tokenizer = base_models.load_tokenizer(config.base_model)
+    counts = preflight(task, splits["train"], splits["validation"], tokenizer, config.max_length)
+    return [f"{described}, as {config.base_model} reads it:",
+            *describe(counts, task, config.max_length)]
