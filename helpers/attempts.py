@@ -44,7 +44,7 @@ def execute(plan) -> dict:
             if received:
                 why = f"Stopped by {received[0]} in code cell {attempt.cell}; resume with: "
                 status |= {"state": "interrupted", "error": why + runs.resume_command(status)}
-            received.append("the end")  # no signal keeps the last word from being written
+            received.append("end of the run")  # a later signal then raises no KeyboardInterrupt
             status |= {"ended": runs.now(), "seconds": runs.seconds_since(status["started"])}
             return runs.write_status(run_dir, status)
     except Timeout:

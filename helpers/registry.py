@@ -48,8 +48,8 @@ def resolve(name: str) -> BaseModel:
                                 "config.json, tokenizer files and *.safetensors.")
         return BaseModel(folder.name, folder=folder)
     if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", name):
-        known = REGISTRY.get(match[1], BaseModel)
-        return BaseModel(name, match[1], match[2], licence=known.licence)
+        licence = ON_HUB.get(match[1], BaseModel.licence)
+        return BaseModel(name, match[1], match[2], licence=licence)
     raise WorkbookError(f"base_model {name!r} is unknown: give a hub id such as org/name@revision, "
                         f"an existing folder, or a registered name; {closest(name, REGISTRY)}")
 

@@ -28,16 +28,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from helpers import ROOT, WorkbookError, write_json
 from helpers.workers import GROUP_SECONDS, JOIN_SECONDS
 
-# What an error says when a connection to another worker broke: the cause is there.
-LOST = r"Connection (closed|reset|refused)|Broken pipe|[Gg]loo|NCCL|Dist\w+Error|been heard of"
+# An error that says this is a consequence: its cause is in another worker.
+BROKEN = r"Connection (closed|reset|refused)|Broken pipe|[Gg]loo|NCCL|Dist\w+Error|been heard of"
 HOST = os.environ.get("WORKBOOK_HOST") or socket.gethostname()
 
 
 @contextlib.contextmanager
 def group(asked: int, facts: dict[str, str] | None = None):
-    """Be one of `asked` workers while the block runs: torch.distributed is initialised.
+    """Join a group of `asked` workers for the block, in which torch.distributed is initialised.
 
-    facts: what all workers must have the same of, beside `versions`. Raises WorkbookError if
+    facts: what must be equal on all workers, beside `versions`. Raises WorkbookError if
     another number of workers started, if this worker differs from rank 0, or after GROUP_SECONDS
     of waiting for another (on GPUs NCCL's watchdog aborts the process then).
     """
@@ -74,7 +74,7 @@ def group(asked: int, facts: dict[str, str] | None = None):
 
 
 def versions() -> dict[str, str]:
-    """What every worker must have the same of: packages, kind of device, this project's files."""
+    """What must be equal on all workers: packages, kind of device, this project's files."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "helpers").rglob("*.py")):
         digest.update(path.read_bytes())
@@ -86,7 +86,7 @@ def versions() -> dict[str, str]:
 
 def main(argv: list[str]) -> int:
     """torchrun on one host. Why it failed is left in ``<log dir>/failure.json``."""
-    if "--node-rank=SLURM_PROCID" in argv:
+    if "--node-rank=SLURM_PROCID" in argv:  # Slurm starts the same command in every task
         first = subprocess.check_output(["scontrol", "show", "hostnames"], text=True).split()[0]
         task = os.environ["SLURM_PROCID"]
         argv = [w.replace("SLURM_PROCID", task).replace("SLURM_FIRST_HOST", first) for w in argv]
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
         return 0
     except ChildFailedError as error:
         first = min(failure.timestamp for failure in error.failures.values())
-        # torchrun itself kills whoever is still there after 30 s.
+        # torchrun kills the remaining workers 30 s after the first failure: no failures of theirs.
         failures = [_worker_failure(rank, failure) for rank, failure in error.failures.items()
                     if failure.timestamp < first + 29]
     except SignalException:  # whoever sent the signal knows why
@@ -118,29 +118,30 @@ def main(argv: list[str]) -> int:
     return 1
 
 
-def _failure(message: str, after: int = 0, traceback: str = "", when: float | None = None) -> dict:
-    return {"message": message, "after": after, "traceback": traceback, "time": when or time.time()}
+def _failure(message: str, order: int = 0, traceback: str = "", when: float | None = None) -> dict:
+    """order: 0 for a cause, 1 for what may follow from one, 2 for what torchrun ended."""
+    return {"message": message, "order": order, "traceback": traceback, "time": when or time.time()}
 
 
 def _worker_failure(rank: int, failure: ProcessFailure) -> dict:
-    """Why a worker ended, in a sentence. after: 0 for a cause, more for what follows from one."""
+    """Why a worker ended, in a sentence."""
     who, said, trace = f"The worker of rank {rank}", failure.message, ""
     who += f" on {HOST}" if HOST != "this host" else ""
     if isinstance(said, dict):  # from the error file that the worker's main wrote, under @record
         text = said["message"].removeprefix("WorkbookError: ").rstrip(".")
         if text == said["message"].rstrip("."):
             trace = said["extraInfo"]["py_callstack"]
-        message, after = f"{who} failed: {text}", int(bool(re.search(LOST, text)))
+        message, order = f"{who} failed: {text}", int(bool(re.search(BROKEN, text)))
     elif failure.exitcode > 0:
-        message, after = f"{who} failed: it ended with exit code {failure.exitcode}", 1
+        message, order = f"{who} failed: it ended with exit code {failure.exitcode}", 1
     else:
         name = failure.signal_name()
         why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
                "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
         message = (f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
                    "its last checkpoint")
-        after = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)  # torchrun ends the others by SIGTERM
-    return _failure(message, after, trace, failure.timestamp)
+        order = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)  # torchrun ends the others by SIGTERM
+    return _failure(message, order, trace, failure.timestamp)
 
 
 def _prepare_host(options, folder: Path) -> None:
@@ -189,12 +190,14 @@ def _compare(store: dist.Store, rank: int, world: int, mine: dict[str, str]) -> 
 
 
 def _end_with_stdin() -> None:
+    """End this launcher, and with it its workers, when its caller closes the standard input."""
     while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)  # torchrun ends its workers upon it
 
 
 def _end_with_launcher(launcher: int) -> None:
+    """End this worker when its launcher has died."""
     while os.getppid() == launcher:
         time.sleep(1)
     os._exit(1)

@@ -232,7 +232,7 @@ def _explain(chosen: Plan, folder: Path, failed: int) -> str:
     """The cause in one sentence, from what the launchers left in failure.json."""
     found = [entry for path in folder.glob("*/failure.json") for entry in read_json(path)]
     if found:
-        first = min(found, key=lambda entry: (entry["after"], entry["time"]))
+        first = min(found, key=lambda entry: (entry["order"], entry["time"]))
         print(first["traceback"], end="", file=sys.stderr, flush=True)
         message = first["message"]
     else:  # a launcher was killed, or never began: its last words are all there is
