@@ -120,7 +120,7 @@ def hardware() -> str:
 
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")  # Linux alone has it
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def load_tokenizer(name: str = EMBEDDED):
