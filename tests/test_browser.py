@@ -135,7 +135,7 @@ def lab(browser, tiny, shelf, tmp_path_factory):
 
 def app_command(port: int, *arguments: str) -> list[str]:
     """`make app` with the Python of these tests."""
-    return ["make", "-o", ".venv/.ready", "app", f"PY={sys.executable}", f"ARGS=--port={port}", *arguments]
+    return ["make", "-o", ".venv/.lab", "app", f"PY={sys.executable}", f"ARGS=--port={port}", *arguments]
 
 
 @pytest.fixture(scope="session")
