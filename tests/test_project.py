@@ -90,7 +90,7 @@ def test_helpers_import_without_heavy_libraries():
 def test_ci_runs_the_same_commands_as_a_person():
     ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in ci["jobs"].items()}
-    for name in ("test", "audit", "canary", "soak"):  # of the matrix' three systems, Windows alone runs what make would
+    for name in ("test", "audit", "canary", "soak"):
         assert any(command.startswith(f"make {name}") for command in runs[name]), name
         assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert ci["permissions"] == {"contents": "read"} and set(ci[True]) >= {"push", "pull_request"}  # YAML reads `on` as true

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
+UV = [str(PYTHON), "-m", "uv", "pip"]
 FOR_UV = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS",
           "trusted-host": "UV_INSECURE_HOST", "cert": "SSL_CERT_FILE", "client-cert": "SSL_CLIENT_CERT",
           "proxy": "ALL_PROXY", "timeout": "UV_HTTP_TIMEOUT", "default-timeout": "UV_HTTP_TIMEOUT"}
@@ -52,8 +53,8 @@ def uv_install(what: list[str]) -> str:
         listed = subprocess.run([*PIP, "config", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         settings = pip_settings(listed)
         offline = ["--no-index"] if settings.get("no-index", "").lower() in TRUE else []
-        result = subprocess.run([str(PYTHON), "-m", "uv", "pip", "install", "--quiet", "--python", str(PYTHON), *offline, *what],
-                                cwd=ROOT, env=uv_variables(settings), capture_output=True, text=True)
+        result = subprocess.run([*UV, "install", "--quiet", "--python", str(PYTHON), *offline, *what], cwd=ROOT,
+                                env=uv_variables(settings), capture_output=True, text=True)
     return "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no reason given"])[-1].strip()
 
 
