@@ -1,4 +1,4 @@
-# make run: the main job, end to end.  make test: every check.  Both set up what they need first.
+# make run: the main job, end to end.  make test: every check.  make check: the quick ones.  Each sets up what it needs first.
 # PYTHON=…            the Python (3.11 or newer) that makes the virtual environment
 # ARGS="-p rank=8"    more arguments for `make run`
 SHELL := /bin/bash
@@ -10,7 +10,7 @@ INSTALL = $(PYTHON) tests/tools/install.py
 LESSONS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
 EXECUTE := $(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
 
-.PHONY: setup run test lint unit notebooks-test exercises lab app browser images notebooks needs lock bench audit canary soak clean
+.PHONY: setup run check test lint unit notebooks-test exercises lab app browser images notebooks needs lock bench audit canary soak clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,11 @@ $(VENV)/.dev: $(VENV)/.ready
 
 run: setup
 	@$(PY) -m helpers.jobs run sql $(ARGS)
+
+# The everyday loop, two minutes on two cores: one test file or more for every file of helpers/, chosen by their seconds.
+QUICK := project size install data
+check: lint
+	$(PY) -m pytest -q $(QUICK:%=tests/test_%.py)
 
 test: lint unit notebooks-test
 

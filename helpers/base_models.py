@@ -96,7 +96,7 @@ def revision_of(name: str) -> str:
 
 
 def best_device() -> torch.device:
-    """This process's CUDA GPU, or the CPU."""
+    """This process's CUDA GPU, or the CPU (on a Mac too: nothing here was ever run on MPS)."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

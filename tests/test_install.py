@@ -1,6 +1,8 @@
 """How packages are installed: uv is told what pip knows, and pip installs where uv cannot."""
 
 import json
+import re
+import subprocess
 import sys
 
 import install
@@ -72,3 +74,10 @@ def test_a_torch_that_the_python_has_is_kept(calls, tmp_path, capsys):
     assert calls() == [["pip", "install", "--quiet", "-c", str(tmp_path / "constraints.txt"), "-e", "."]]
     pins = (tmp_path / "constraints.txt").read_text("utf-8")
     assert "torch==" not in pins and "transformers==" in pins and "torch of its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("target", "extras"), [("run", [""]), ("lab", ["", " lab"]), ("app", ["", " lab"]), ("notebooks", ["", " lab"]),
+                                                ("check", ["", " lab dev"]), ("test", ["", " lab dev"])])
+def test_a_target_installs_what_it_needs_and_no_more(target, extras):
+    plan = subprocess.run(["make", "-n", "-W", "pyproject.toml", target], cwd=install.ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"tests/tools/install\.py((?: \w+)*) && touch", plan.stdout) == extras

@@ -23,6 +23,7 @@ UV = [str(PYTHON), "-m", "uv", "pip"]
 FOR_UV = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS",
           "trusted-host": "UV_INSECURE_HOST", "cert": "SSL_CERT_FILE", "client-cert": "SSL_CLIENT_CERT",
           "proxy": "ALL_PROXY", "timeout": "UV_HTTP_TIMEOUT", "default-timeout": "UV_HTTP_TIMEOUT"}
+JOBS = "import helpers.attempts, helpers.evaluation, helpers.training"
 TRUE = ("1", "true", "yes", "on")
 
 
@@ -83,7 +84,10 @@ def main(extras: list[str]) -> None:
     print(f"Installing {' and '.join(extras) or 'what the jobs need'} ...", flush=True)
     try:
         install(extras)
-        subprocess.run([str(PYTHON), "-m", "helpers.base_models"], cwd=ROOT, check=True)
+        # Bytecode of what jobs import is written now, even where Python is told to write none: else every start is slow.
+        writes = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        for command in (["-c", JOBS], ["-m", "helpers.base_models"]):
+            subprocess.run([str(PYTHON), *command], cwd=ROOT, env=writes, check=True)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
 
