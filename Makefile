@@ -28,8 +28,8 @@ $(VENV)/.dev: $(VENV)/.ready
 run: setup
 	@$(PY) -m helpers.jobs run sql $(ARGS)
 
-# The everyday loop, two minutes on two cores: one test file or more for every file of helpers/, chosen by their seconds.
-QUICK := project size install data
+# The everyday loop: lint and the unit tests named here. Its time, and which files of helpers/ it covers, are not measured yet.
+QUICK := project size install data evaluation base_models practice api_drift
 check: lint
 	$(PY) -m pytest -q $(QUICK:%=tests/test_%.py)
 

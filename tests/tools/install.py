@@ -4,7 +4,7 @@
     python tests/tools/install.py lab        JupyterLab and Voila too
     python tests/tools/install.py lab dev    what the tests need too
 
-uv installs, in a tenth of pip's time; pip fetches it and stays for where it cannot be had or fails. uv reads none of pip's
+uv installs, as it needs less time; pip fetches it and stays for where it cannot be had or fails. uv reads none of pip's
 settings, so it is told the index, the wheel folders, the certificates and the proxy that pip knows.
 """
 
