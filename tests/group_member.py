@@ -28,7 +28,7 @@ def main(scenario: str, asked: int = 2) -> None:
     with worker_group.group(asked):
         print(f"rank {rank} of {asked}: the ranks add up to {sum_of_ranks():g}", flush=True)
         if len(sys.argv) > 3:  # the test reads who takes part, and what listens
-            Path(sys.argv[3], f"{rank}.pid").write_text(f"{os.getpid()} {os.getppid()}")
+            Path(sys.argv[3], f"{rank}.pid").write_text(f"{os.getpid()} {os.getppid()}", encoding="utf-8")
         if rank == 1 and scenario == "mistake":
             raise WorkbookError("The data are wrong: mend them.")
         if rank == 1 and scenario == "bug":

@@ -71,7 +71,7 @@ class Server:
         environment |= {"CUSTOM_LORA_ADAPTERS_DIR": str(self.custom), "OMP_NUM_THREADS": "1", "JUPYTER_TOKEN": TOKEN,
                         "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data"),
                         "PYTHONPATH": str(ROOT)}
-        with open(self.log, "w") as log:
+        with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=log,
                                             stderr=subprocess.STDOUT, start_new_session=True)
         deadline = time.monotonic() + PATIENCE / 1000
@@ -135,7 +135,7 @@ def lab(browser, tiny, shelf, tmp_path_factory):
 
 def app_command(port: int, *arguments: str) -> list[str]:
     """`make app` with the Python of these tests."""
-    return ["make", "-o", ".venv/.ready", "app", f"PY={sys.executable}", f"ARGS=--port={port}", *arguments]
+    return ["make", "-o", ".venv/.lab", "app", f"PY={sys.executable}", f"ARGS=--port={port}", *arguments]
 
 
 @pytest.fixture(scope="session")

@@ -225,7 +225,7 @@ def test_the_command_names_the_fault_and_fails(tmp_path):
 
 
 def test_make_runs_nbval_over_every_executed_notebook():
-    command = ["make", "-n", "-o", ".venv/.ready", "notebooks-test"]
+    command = ["make", "-n", "-o", ".venv/.dev", "notebooks-test"]
     plan = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     words = next(line for line in plan.stdout.splitlines() if "--nbval" in line).split()
     for path in rules.committed():

@@ -211,8 +211,8 @@ def test_servers_listen_on_this_machine_only_and_ask_for_a_token(target, tmp_pat
                    "JUPYTER_RUNTIME_DIR": str(tmp_path), "JUPYTER_DATA_DIR": str(tmp_path)}
     for name in ("JUPYTER_TOKEN", "DISPLAY"):
         environment.pop(name, None)
-    log = open(tmp_path / "log", "w")
-    made = subprocess.Popen(["make", "-o", ".venv/.ready", target], cwd=ROOT, env=environment, stdout=log, stderr=log,
+    log = open(tmp_path / "log", "w", encoding="utf-8")
+    made = subprocess.Popen(["make", "-o", ".venv/.lab", target], cwd=ROOT, env=environment, stdout=log, stderr=log,
                             start_new_session=True)
     try:
         end, process = time.monotonic() + 120, psutil.Process(made.pid)

@@ -430,7 +430,7 @@ def test_an_output_folder_that_exists_is_refused_at_once(tmp_path, jobs):
     (tmp_path / "taken" / "file").write_text("mine")
     result = jobs("run", "sql", "-p", f"adapter_dir={tmp_path / 'taken'}")
     assert result.returncode == 2 and "already exists" in result.stderr
-    assert Path(tmp_path / "taken" / "file").read_text() == "mine"
+    assert Path(tmp_path / "taken" / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_rows_longer_than_the_context_end_in_one_sentence(tiny, tmp_path, jobs):

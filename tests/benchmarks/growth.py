@@ -111,7 +111,7 @@ def main() -> None:
         return
     found: dict[str, dict] = {}
     if arguments.json and arguments.json.exists():
-        found = {name: curve for name, curve in json.loads(arguments.json.read_text())["curves"].items()
+        found = {name: curve for name, curve in json.loads(arguments.json.read_text(encoding="utf-8"))["curves"].items()
                  if name not in arguments.only}
     command = f"python tests/benchmarks/growth.py --rounds {arguments.rounds} --steps {arguments.steps}"
 

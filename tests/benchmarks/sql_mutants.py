@@ -313,4 +313,4 @@ if __name__ == "__main__":
         print(f"{survivor['way']}\n  {survivor['reference']}\n  {survivor['mutant']}\n  {survivor['context'][:200]}")
     print(json.dumps(counts, indent=1))
     if arguments.json:
-        arguments.json.write_text(json.dumps(counts, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")

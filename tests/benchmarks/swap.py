@@ -42,9 +42,9 @@ def random_adapters(folder: Path, base_name: str, rank: int = 8) -> None:
             if "lora_" in parameter_name:
                 parameter.data.normal_(std=0.02)
         model.save_pretrained(folder / name)
-        config = json.loads((folder / name / adapters.CONFIG).read_text())
+        config = json.loads((folder / name / adapters.CONFIG).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base.hub_id or base.name
-        (folder / name / adapters.CONFIG).write_text(json.dumps(config))
+        (folder / name / adapters.CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 def summary(seconds: list[float]) -> dict:
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+        options.out.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

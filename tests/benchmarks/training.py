@@ -109,7 +109,7 @@ def unsloth(arguments, rows, precision: str, **changes) -> dict:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} failed: {(done.stdout + done.stderr)[-3000:]}")
-        return json.loads(out.read_text())
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def variants(arguments) -> dict:

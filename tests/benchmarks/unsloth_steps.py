@@ -140,7 +140,7 @@ def main(options: argparse.Namespace) -> None:
         "compiled_blocks": compiled_blocks(model), "gpu": torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft")}}
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result), flush=True)
 
 

@@ -75,7 +75,7 @@ def measure(out: str, asked: int, steps: int, rows: int, length: int, what: str,
                   "gradient_bytes": sum(p.numel() * p.element_size() for p in trained), "averaged_bytes": averaged[0],
                   "loss": loss.item(), "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else None}
         if rank == 0:
-            Path(out).write_text(json.dumps(result))
+            Path(out).write_text(json.dumps(result), encoding="utf-8")
 
 
 def load(shape: str):
@@ -116,7 +116,7 @@ def run_measure(count: int, threads: int | None, steps: int, rows: int, length: 
                 os.environ.pop("OMP_NUM_THREADS")
                 if before:
                     os.environ["OMP_NUM_THREADS"] = before
-        return json.loads(out.read_text())
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def scaling(args) -> dict:
@@ -259,8 +259,8 @@ def main() -> None:
               "hardware": base_models.hardware(), "cores": os.cpu_count(),
               "date": datetime.date.today().isoformat(), **globals()[args.command](args)}
     if args.json:
-        known = json.loads(args.json.read_text()) if args.json.exists() else {}
-        args.json.write_text(json.dumps({**known, args.command: result}, indent=1) + "\n")
+        known = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+        args.json.write_text(json.dumps({**known, args.command: result}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

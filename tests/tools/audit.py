@@ -28,7 +28,7 @@ def pip_audit(requirements: str) -> list[dict]:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "requirements.txt"
-        path.write_text(requirements)
+        path.write_text(requirements, encoding="utf-8")
         command = [sys.executable, "-m", "pip_audit", "-r", str(path), "--no-deps", "--disable-pip", "--format", "json",
                    "--progress-spinner", "off", "--timeout", "30"]
         result = subprocess.run(command, capture_output=True, text=True)

@@ -23,7 +23,7 @@ PYTHON = FOLDER / ("Scripts/python.exe" if sys.platform == "win32" else "bin/pyt
 
 
 def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = [line.strip().split("==") for line in lines if "==" in line and not line.startswith("#")]
     return {plain(name): version for name, version in pinned}
 
@@ -98,8 +98,8 @@ def main(arguments: list[str]) -> int:
     pinned = pins()
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], f"torch=={pinned['torch']}"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), []), f"torch=={pinned['torch']}"]
     pip("install", "--quiet", "--upgrade", "--upgrade-strategy", "eager", *wanted)
     newer = {name: (pinned[name], version) for name, version in installed().items() if name in pinned and version != pinned[name]}
     for name, (old, new) in sorted(newer.items()):

@@ -24,7 +24,7 @@ def shipped() -> list[str]:
     table = ["| adapter | validation rows | base | base, own chat template | adapter |", "| --- | --- | --- | --- | --- |"]
     trained = []
     for folder in sorted(PREBUILT.iterdir()):
-        record = json.loads((folder / "metrics.json").read_text())
+        record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         trained.append(f"{folder.name} {record['training_seconds'] / 60:.1f} minutes on {record['hardware']}")
         for evaluation in (record["evaluation"], *record.get("more", [])):
             systems = ("base", "base, own chat template", "adapter")
@@ -39,7 +39,7 @@ def shipped() -> list[str]:
 def speed() -> list[str]:
     """A line per variant of the training benchmarks: the first of each file is what the others are compared with."""
     table = ["| benchmark | way to train | tokens/s, median [range] | ratio | runs |", "| --- | --- | ---: | ---: | ---: |"]
-    files = {name: json.loads((BENCHMARKS / f"{name}.json").read_text()) for name in ("training", "packed", "bloom")}
+    files = {name: json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8")) for name in ("training", "packed", "bloom")}
     for found in files.values():
         for way, one in found["variants"].items():
             speeds = [run["tokens_per_second"] for run in one["runs"]]
@@ -58,7 +58,7 @@ def speed() -> list[str]:
 
 def row(folder: Path) -> tuple[str, int]:
     """A run's line of the table, and its number of validation rows."""
-    status, metrics = (json.loads((folder / name).read_text()) for name in ("status.json", "metrics.json"))
+    status, metrics = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("status.json", "metrics.json"))
     assert status["state"] == "succeeded", f"{folder} is {status['state']}"
     evaluation = metrics["evaluation"]
     base, adapter = (figures(evaluation[who], ("exact", "execution", "chrf")) for who in ("base", "adapter"))

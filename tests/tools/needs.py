@@ -127,7 +127,7 @@ def table() -> str:
     """The lessons and their figures as Markdown; a lesson without figures has dashes, and what is wrong with figures is said."""
     import nbformat
 
-    known = json.loads(NEEDS.read_text()) if NEEDS.exists() else {}
+    known = json.loads(NEEDS.read_text(encoding="utf-8")) if NEEDS.exists() else {}
     lines, machines = [], set()
     for path in lessons():
         notebook = nbformat.read(path, as_version=4)
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed.append(path.stem)
             print(f"failed: {str(error).strip().splitlines()[-1]}")
             continue
-        known = json.loads(NEEDS.read_text()) if NEEDS.exists() else {}
+        known = json.loads(NEEDS.read_text(encoding="utf-8")) if NEEDS.exists() else {}
         write_text(NEEDS, json.dumps(known | {path.stem: found}, indent=1, sort_keys=True) + "\n")
         print(f"{found['seconds']:.0f} s, {found['peak_bytes'] / 1e9:.1f} GB (other programs took {found['busy']}%)")
     write_readme()

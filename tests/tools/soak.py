@@ -227,7 +227,7 @@ def kills(count: int, base_name: str, seed: int = 0, between=lambda run_dir: Non
                 raise Wrong(f"kill {attempts} lost complete checkpoints: step {reached} before, {step_of(killed)} after")
         if code := os.waitstatus_to_exitcode(os.waitpid(start(config, killed, True), 0)[1]):
             raise Wrong(f"the last attempt ended with {code}")
-        logs = [json.loads((run / "trained" / "metrics.json").read_text())["loss_log"] for run in (whole, killed)]
+        logs = [json.loads((run / "trained" / "metrics.json").read_text(encoding="utf-8"))["loss_log"] for run in (whole, killed)]
         if logs[0] != logs[1]:
             raise Wrong(f"the loss took another path: {[pair for pair in zip(*logs, strict=False) if pair[0] != pair[1]][:1]}")
         names = [sha256(run / "trained" / "adapter_model.safetensors") for run in (whole, killed)]
