@@ -163,9 +163,8 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
     finally:
         logging.enable_progress_bar()
     for module in model.modules():
-        # In eval mode bitsandbytes would pack 4-bit weights for CPUs with AVX512-BF16, with rounded
-        # scales and a product that passes no gradient; training could not follow a generation.
         if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else packed in eval mode, for a product that rounds scales and passes no gradient
             module.support_avx512bf16_for_cpu = False
     if model.config.model_type == "bloom":
         from helpers.fast.bloom import use_fused_attention  # BLOOM's alone: not loaded for others
