@@ -134,10 +134,9 @@ def test_a_recorded_step_finds_the_model_in_training_mode_after_an_evaluation(ti
 
 
 def test_the_card_says_which_step_was_kept_and_a_loss_that_did_not_fall(tiny, tmp_path, watched, monkeypatch):
-    monkeypatch.setattr(trainer, "summed_cross_entropy", lambda *given: real(*given) * (
-        1 if torch.is_grad_enabled() else worse.pop()))
-    # Four batches an evaluation; what is popped last is the largest, so each evaluation is worse than the one before.
+    # Four batches an evaluation. What is popped last is the largest: each evaluation is worse than the one before.
     real, worse = trainer.summed_cross_entropy, [3.0] * 4 + [2.0] * 4 + [1.0] * 4
+    monkeypatch.setattr(trainer, "summed_cross_entropy", lambda *given: real(*given) * worse.pop())
     record = train(config(tiny, precision="full", batch_size=4, max_steps=4), tmp_path / "run", watched)
     assert worse == [] and record["kept_step"] == 2
     assert ["validation loss did not fall" in warning for warning in record["warnings"]].count(True) == 1
