@@ -180,6 +180,10 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
                             "and that `make setup` has run.") from error
     finally:
         logging.enable_progress_bar()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else packed in eval mode, for a product that rounds scales and passes no gradient
+            module.support_avx512bf16_for_cpu = False
     if model.config.model_type == "bloom":
         from helpers.fast.bloom import use_fused_attention  # BLOOM's alone: not loaded for others
 

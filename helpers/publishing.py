@@ -1,11 +1,12 @@
 """From a trained adapter to a folder that others can use: weights, config, metrics.json and a card.
 
-metrics.json is the one record of a run: `training` begins it, `publish` adds the evaluation, and
-every number of the card comes from it.
+metrics.json is the one record of a run: `training_record` begins it, `publish` adds the evaluation,
+and every number of the card comes from it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -40,6 +41,40 @@ def save_adapter(model, base_model: str, folder: Path) -> None:
     write_json(folder / CONFIG, {**read_json(folder / CONFIG), **changes})
 
 
+def training_record(config, trainer, rows, used: int) -> dict:
+    """What happened in a training run of `used` of the `rows`, as metrics.json keeps it.
+    Raises WorkbookError if nothing was learned."""
+    kept = trainer.state.best_global_step or trainer.state.global_step
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    if not any(p.any() for name, p in trained.items() if "lora_B" in name):
+        raise WorkbookError(f"Nothing was learned: after {kept} steps every lora_B is still zero, "
+                            "so the adapter changes no answer. Train on more rows, epochs or "
+                            "max_steps, or with another learning_rate.")
+    log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    tenth = max(1, len(log) // 10)
+    first, last = (sum(loss for _, loss in part) / tenth for part in (log[:tenth], log[-tenth:]))
+    falls = [("training", first, last)] if len(log) > 1 else []
+    curve, validation = trainer.validation_log(), None
+    if curve:
+        before, best = curve[0][1], dict(curve)[kept]
+        falls.append(("validation", before, best))
+        validation = {"rows": len(trainer.eval_dataset), "before": before, "kept": best}
+    warnings = [f"The {name} loss did not fall ({before:.3f} at first, {after:.3f} later): the "
+                "adapter may have learned nothing of use."
+                for name, before, after in falls if after >= before]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {
+        "config": dataclasses.asdict(config), "data_source": rows.source,
+        "data_licence": rows.licence, "rows": used, "rows_left_out": len(rows.rows) - used,
+        "steps": trainer.state.global_step, "final_loss": last, "warnings": warnings,
+        "training_seconds": trainer.progress.seconds(), "hardware": base_models.hardware(),
+        "workers": trainer.accelerator.num_processes, "dtype": str(base_models.best_dtype()),
+        "trained_parameters": sum(p.numel() for p in trained.values()),
+        "base_revision": base_models.revision_of(config.base_model), "peak_gpu_bytes": peak,
+        "kept_step": kept, "validation": validation, "loss_log": log, "validation_log": curve,
+    }
+
+
 def save_trained(model, record: dict, run_dir: Path) -> None:
     """Put adapter and record into ``run_dir/trained``, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=run_dir) as temporary:
@@ -62,7 +97,7 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
     run_dir, adapter_dir = Path(run_dir), Path(adapter_dir)
     check_free(adapter_dir)
     record = read_json(run_dir / "trained" / METRICS)
-    del record["loss_log"]
+    del record["loss_log"], record["validation_log"]
     place, colon, path = record["config"]["data"].rpartition(":")
     if os.path.isabs(path):  # the folders of this machine are nobody's business
         record["config"]["data"] = place + colon + Path(path).name
@@ -147,6 +182,11 @@ def _facts(record: dict, base) -> list[list[str]]:
     if record.get("preflight"):
         task, found = get_task(config["task"]), record["preflight"]
         checked = [["rows checked", " ".join(describe(found, task, config["max_length"]))]]
+    kept = []
+    if watched := record.get("validation"):
+        kept = [["kept", f"step {record['kept_step']:,}, where the loss on {watched['rows']} other "
+                         f"validation rows was lowest: {watched['kept']:.3f} nats per token, "
+                         f"{watched['before']:.3f} before training"]]
     return [
         ["base model", f"{base.hub_id or base.name}, revision {record['base_revision']}, licence "
                        f"{base.licence}"],
@@ -161,6 +201,7 @@ def _facts(record: dict, base) -> list[list[str]]:
                      f"{record['dtype'].removeprefix('torch.')}, seed {config['seed']}"],
         ["hardware", f"{record['hardware']}, {record['workers']} worker(s), "
                      f"{record['training_seconds'] / 60:.1f} minutes"],
+        *kept,
         ["adapter licence", "Apache-2.0 for the weights; the base model's and the data's licences "
                             "apply too"], *command]
 

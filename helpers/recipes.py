@@ -14,32 +14,36 @@ from helpers.tasks import get_task
 from helpers.workers import read_place
 
 # A preset is what the parameters left at None become. `reference` is the recipe of the demo that
-# this workbook grew from: every token is scored, and documents are packed end to end at 1,024
-# tokens.
+# this workbook grew from: every token is scored, documents are packed end to end at 1,024 tokens,
+# and the last step's adapter is kept.
 PRESETS: dict[str, dict] = {
     "default": dict(
         precision="4bit", rank=16, alpha=32, dropout=0.0, learning_rate=2e-3, schedule="cosine",
         epochs=1.0, max_rows=640, data_fraction=1.0, batch_size=8, gradient_accumulation=1,
-        max_length=512, packing="none", optimizer="adamw_torch", completion_only=True),
+        max_length=512, packing="none", optimizer="adamw_torch", completion_only=True,
+        validation_rows=32),
     "full_data": dict(
         precision="full", rank=8, alpha=16, dropout=0.0, learning_rate=2e-3, schedule="cosine",
         epochs=4.0, max_rows=-1, data_fraction=1.0, batch_size=32, gradient_accumulation=1,
-        max_length=1024, packing="documents", optimizer="adamw_torch", completion_only=True),
+        max_length=1024, packing="documents", optimizer="adamw_torch", completion_only=True,
+        validation_rows=32),
     "reference": dict(
         precision="4bit", rank=16, alpha=32, dropout=0.05, learning_rate=2e-4, schedule="constant",
         epochs=1.0, max_rows=-1, data_fraction=1.0, batch_size=1, gradient_accumulation=4,
-        max_length=1024, packing="wrapped", optimizer="paged_adamw_32bit", completion_only=False),
+        max_length=1024, packing="wrapped", optimizer="paged_adamw_32bit", completion_only=False,
+        validation_rows=0),
 }
 REFERENCE_TASKS = {"instruct": dict(data_fraction=0.3), "sql": dict(epochs=2.0),
                    "detox": dict(epochs=4.0)}
 BOUNDS = (("rank", 1, 1024), ("alpha", 1, 4096), ("dropout", 0.0, 0.9),
           ("learning_rate", 1e-8, 1.0), ("epochs", 1e-6, 10_000), ("data_fraction", 1e-9, 1.0),
           ("batch_size", 1, 65_536), ("gradient_accumulation", 1, 65_536),
-          ("max_length", 8, 131_072), ("checkpoint_steps", 1, 10**9), ("seed", 0, 2**32 - 1))
+          ("max_length", 8, 131_072), ("checkpoint_steps", 1, 10**9), ("seed", 0, 2**32 - 1),
+          ("validation_rows", 0, 10**6))
 CHOICES = {"precision": ("4bit", "full"), "schedule": ("cosine", "constant", "linear"),
            "optimizer": ("adamw_torch", "paged_adamw_32bit"),
            "packing": ("none", "documents", "wrapped")}
-MAY_BE_NONE = ("target_modules", "max_steps")
+MAY_BE_NONE = ("target_modules", "max_steps", "patience")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class FineTuneConfig:
     packing: "none" pads rows of like length; "documents" puts several into one row of max_length
     tokens, where each sees only itself; "wrapped" cuts one long stream into rows.
     completion_only: score the completion's tokens alone.
+    validation_rows: rows on which the loss is measured before the first step, every
+    checkpoint_steps and at the end; the checkpoint with the lowest is kept. 0: none, the last step
+    is kept. patience: training ends after so many measurements without a lower one; None: never.
     compile: torch.compile; for packed rows on one GPU a step is also recorded as a CUDA graph.
 
     Raises WorkbookError that names the first value which cannot work; nothing is loaded or created.
@@ -81,6 +88,8 @@ class FineTuneConfig:
     packing: str = None
     optimizer: str = None
     completion_only: bool = None
+    validation_rows: int = None
+    patience: int = None
     gradient_checkpointing: bool = False
     compile: bool = False
     checkpoint_steps: int = 20
@@ -110,9 +119,15 @@ class FineTuneConfig:
         if self.max_rows < 1 and self.max_rows != -1:
             raise WorkbookError(f"max_rows is {self.max_rows}: it must be at least 1, or -1 for "
                                 "all rows.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise WorkbookError(f"max_steps is {self.max_steps}: it must be at least 1; leave it "
-                                "out to train for the epochs.")
+        for name, until in (("max_steps", "for the epochs"), ("patience", "to the last step")):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise WorkbookError(f"{name} is {value}: it must be at least 1; leave it out to "
+                                    f"train {until}.")
+        if self.patience and not self.validation_rows:
+            raise WorkbookError(f"patience is {self.patience}, but validation_rows is 0, so there "
+                                "is no loss to wait for: raise validation_rows or leave patience "
+                                "out.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise WorkbookError(f"{name} is {getattr(self, name)!r}: use "

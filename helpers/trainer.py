@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
 from helpers import WorkbookError, read_json, write_json
+from helpers.data import Collator
 
 COMPLETE = "complete.json"  # in a checkpoint that was written to its end
 
@@ -120,11 +121,14 @@ class CompletionTrainer(SFTTrainer):
     """SFTTrainer whose loss skips the prompt's logits and whose batches hold rows of like length.
 
     bfloat16: compute in bfloat16 under autocast. summed: the cross-entropy, see `completion_loss`.
+    patience: training ends after so many evaluations without a lower loss; None: never.
     """
 
-    def __init__(self, *arguments, bfloat16: bool = False, summed=summed_cross_entropy, **options):
+    def __init__(self, *arguments, bfloat16: bool = False, summed=summed_cross_entropy,
+                 patience: int | None = None, **options):
         super().__init__(*arguments, **options)
-        self.bfloat16, self.summed, self.progress = bfloat16, summed, Progress()
+        self.bfloat16, self.summed, self.patience = bfloat16, summed, patience
+        self.progress = Progress()
         # TRL 1.16 turns the adapter of a 4-bit base into bfloat16. Steps smaller than its 8 bits of
         # mantissa are then lost, and a resumed run, whose weights load as float32, differs.
         for parameter in self.model.parameters():
@@ -153,6 +157,40 @@ class CompletionTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return loss
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
+        """The mean loss over the scored tokens of the validation rows, shared among the workers.
+
+        It changes nothing in the training. transformers' own loop would: its data loader draws a
+        random number, so dropout would differ. Blocks that are compiled run as they are written,
+        or they would be compiled again for the padded rows here.
+        """
+        rows = sorted(self.eval_dataset, key=lambda row: len(row["input_ids"]))
+        size, collate = self.args.train_batch_size, Collator(self.processing_class.pad_token_id)
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        sums = torch.zeros(2, device=self.args.device)  # cross-entropy, scored tokens
+        self.model.eval()
+        with (torch.no_grad(), torch.compiler.set_stance("force_eager"),
+              torch.autocast("cuda", torch.bfloat16, enabled=self.bfloat16)):
+            for first in range(0, len(rows), size)[mine]:
+                batch = self._prepare_inputs(collate(rows[first:first + size]))
+                sums[0] += completion_loss(self.model, batch, count=1)
+                sums[1] += (batch["labels"][:, 1:] != -100).sum()
+        self.model.train()
+        self.control.should_evaluate = False  # transformers would come again after the last step
+        total, count = self.accelerator.reduce(sums).tolist()
+        metrics = {"eval_loss": total / count}
+        self.log(dict(metrics))
+        losses = [loss for _, loss in self.validation_log()]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        if self.patience and since_best >= self.patience:
+            self.control.should_training_stop = True
+        return metrics
+
+    def validation_log(self) -> list[tuple[int, float]]:
+        """Steps, and the validation loss after each."""
+        return [(entry["step"], entry["eval_loss"]) for entry in self.state.log_history
+                if "eval_loss" in entry]
+
 
 class Progress(TrainerCallback):
     """Prints a line every ten seconds, counts the seconds of all attempts, marks checkpoints that
@@ -170,13 +208,16 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         # Looked at where it is logged: a look at every step would wait for the GPU each time. In
         # float16 a gradient that overflows is ordinary: its step is skipped.
-        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+        for name in ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",))):
             if not math.isfinite((logs or {}).get(name, 0.0)):
                 raise WorkbookError(f"Training has diverged: at step {state.global_step} the "
                                     f"{name} is {logs[name]}. Lower learning_rate (now "
                                     f"{args.learning_rate:g}); if it is so from the first steps "
                                     "on, the base model's weights may not be finite.")
         now = time.perf_counter()
+        if "eval_loss" in (logs or {}) and state.is_world_process_zero:
+            print(f"step {state.global_step:>5}/{state.max_steps}   validation loss "
+                  f"{logs['eval_loss']:.3f}", flush=True)
         if "loss" not in (logs or {}) or not state.is_world_process_zero:
             return
         if now - self.shown < 10 and state.global_step < state.max_steps:

@@ -25,38 +25,40 @@ from trl import SFTConfig
 from helpers import (METRICS, WorkbookError, base_models, data, disk_errors, read_json, sha256,
                      write_json)
 from helpers.fast import attention, packing, recorded
-from helpers.publishing import save_trained
+from helpers.publishing import save_trained, training_record
 from helpers.recipes import FineTuneConfig
 from helpers.tasks import Task, get_task, register
 from helpers.trainer import CompletionTrainer, last_checkpoint, summed_cross_entropy
 from helpers.worker_group import group
 from helpers.workers import launch, plan
 
-SETTINGS = "config.json"  # in a run's folder: its recipe and number of workers
+SETTINGS = "config.json"  # in a run's folder: its recipe, number of workers, validation rows
 
 
 def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Path,
-          resume: bool = False) -> dict:
+          resume: bool = False, validation: list[dict] = ()) -> dict:
     """Train an adapter on a loaded base model and save it in ``run_dir/trained``.
 
     The loss is the mean cross-entropy over the scored tokens of the whole batch. The base model
-    is given back without LoRA. resume: go on from the newest complete checkpoint of `run_dir`.
+    is given back without LoRA. validation: rows whose loss chooses the checkpoint that is saved
+    (none: the last). resume: go on from the newest complete checkpoint of `run_dir`, with its rows.
     Returns the run's record, on every worker; rank 0 writes it beside the adapter, as metrics.json.
     Raises WorkbookError for bad data, a full disk, too little memory, or a folder of another run.
     """
     run_dir = Path(run_dir)
     check_fits(config, model)
-    _open_run(config, run_dir, world_size(), resume)
+    validation = _open_run(config, run_dir, world_size(), resume, validation)
     set_seed(config.seed)
     encoded, _ = data.encode_rows(tokenizer, get_task(config.task), rows.rows, config.max_length)
+    watched, _ = data.encode_rows(tokenizer, get_task(config.task), validation, config.max_length)
     checkpoint, trainer = last_checkpoint(run_dir / "checkpoints"), None
     try:
-        trainer = make_trainer(config, model, tokenizer, encoded, run_dir)
+        trainer = make_trainer(config, model, tokenizer, encoded, run_dir, watched)
         if is_main():
             _say_what_begins(config, rows, len(encoded), trainer, checkpoint)
         with disk_errors(run_dir, "a checkpoint"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        result = _record(config, trainer, rows, len(encoded))
+        result = training_record(config, trainer, rows, len(encoded))
         if is_main():
             for warning in result["warnings"]:
                 print(f"Warning: {warning}", flush=True)
@@ -94,14 +96,15 @@ def check_fits(config: FineTuneConfig, model) -> list[str]:
 
 
 def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, workers_on: str = "",
-                     resume: bool = False) -> dict:
+                     resume: bool = False, validation: list[dict] = ()) -> dict:
     """`train` in a group of processes, here or where `workers_on` says (workers.read_place).
 
-    Each worker loads rows and base model for itself. Returns the run's record. Raises WorkbookError
+    Each worker loads rows and base model for itself, and finds the validation rows in the run's
+    folder. Returns the run's record. Raises WorkbookError
     as `train` and `workers.launch` do.
     """
     run_dir = Path(run_dir).resolve()
-    _open_run(config, run_dir, workers, resume)
+    _open_run(config, run_dir, workers, resume, validation)
     base_models.fetch(config.base_model)  # once, before several workers ask for it
     logs = run_dir / "workers"
     launch(plan("helpers.training", [str(run_dir)], workers, logs, workers_on), logs)
@@ -109,11 +112,11 @@ def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, worker
 
 
 def run(config: FineTuneConfig, run_dir: Path, workers: int = 1, workers_on: str = "",
-        resume: bool = False) -> dict:
+        resume: bool = False, validation: list[dict] = ()) -> dict:
     """Load what the recipe names and train it, here or on workers: a run without a notebook."""
     if workers == 1 and not workers_on:
-        return train(config, *load_inputs(config), run_dir, resume)
-    return train_on_workers(config, run_dir, workers, workers_on, resume)
+        return train(config, *load_inputs(config), run_dir, resume, validation)
+    return train_on_workers(config, run_dir, workers, workers_on, resume, validation)
 
 
 def load_inputs(config: FineTuneConfig):
@@ -141,8 +144,10 @@ def is_main() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool) -> None:
-    """Record the recipe in a new run's folder; refuse another run's folder, or another recipe."""
+def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool,
+              validation: list[dict]) -> list[dict]:
+    """Record recipe and validation rows in a new run's folder; refuse another run's folder, or
+    another recipe. Returns the validation rows that the run began with."""
     rows_file = data.source_file(config.task, config.data)
     settings = {**dataclasses.asdict(config), "workers": workers,
                 "base_revision": base_models.revision_of(config.base_model),
@@ -157,13 +162,14 @@ def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool)
                 raise WorkbookError(f"The run in {run_dir} was made with {name}="
                                     f"{before.get(name)!r}, not {value!r}: resume it unchanged or "
                                     "start a new one.")
-        return
+        return before["validation"]
     if (run_dir / "checkpoints").exists():
         raise WorkbookError(f"The output folder {run_dir} already holds a training run: resume it "
                             "or choose another.")
     with disk_errors(run_dir, "the training run"):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(known, settings)
+        write_json(known, settings | {"validation": list(validation)})
+    return validation
 
 
 def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
@@ -175,41 +181,16 @@ def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
           f"{config.batch_size * config.gradient_accumulation * world} rows, {world} "
           f"worker{'s' * (world > 1)}, {base_models.hardware()}, weights {config.precision}, "
           f"computing in {base_models.best_dtype()}.", flush=True)
+    if config.validation_rows and not trainer.eval_dataset:
+        print("There are no validation rows for a loss curve, so the last step will be kept.")
     if checkpoint:
         print(f"Going on from {checkpoint.name}.", flush=True)
 
 
-def _record(config, trainer, rows, used: int) -> dict:
-    """What happened, as metrics.json keeps it. Raises WorkbookError if nothing was learned."""
-    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    if not any(p.any() for name, p in trained.items() if "lora_B" in name):
-        raise WorkbookError(f"Nothing was learned: after {trainer.state.global_step} steps every "
-                            "lora_B is still zero, so the adapter changes no answer. Train on more "
-                            "rows, epochs or max_steps, or raise learning_rate.")
-    log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    tenth = max(1, len(log) // 10)
-    first, last = (sum(loss for _, loss in part) / tenth for part in (log[:tenth], log[-tenth:]))
-    warnings = []
-    if len(log) > 1 and last >= first:
-        warnings.append(f"The training loss did not fall ({first:.3f} at first, {last:.3f} at the "
-                        "end): the adapter may have learned nothing of use.")
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {
-        "config": dataclasses.asdict(config), "data_source": rows.source,
-        "data_licence": rows.licence, "rows": used, "rows_left_out": len(rows.rows) - used,
-        "steps": trainer.state.global_step, "final_loss": last, "warnings": warnings,
-        "training_seconds": trainer.progress.seconds(), "hardware": base_models.hardware(),
-        "workers": trainer.accelerator.num_processes, "dtype": str(base_models.best_dtype()),
-        "trained_parameters": sum(p.numel() for p in trained.values()),
-        "base_revision": base_models.revision_of(config.base_model), "peak_gpu_bytes": peak,
-        "loss_log": log,
-    }
-
-
 # --- the trainer, set up
 
-def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict],
-                 run_dir: Path) -> CompletionTrainer:
+def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], run_dir: Path,
+                 validation: list[dict] = ()) -> CompletionTrainer:
     """The base model with a fresh LoRA adapter inside TRL's trainer.
 
     Where it differs from TRL's defaults: rows come tokenized by `data.encode_rows`, so training
@@ -234,20 +215,26 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict],
         summed = torch.compile(summed_cross_entropy, dynamic=not packed)
         if bfloat16 and recorded.records_steps(config, world_size(), model.config.model_type):
             kind = recorded.RecordedTrainer
-    return kind(model=lora_model, args=_arguments(config, len(dataset), run_dir),
-                train_dataset=dataset, processing_class=tokenizer, data_collator=collator,
-                bfloat16=bfloat16, summed=summed)
+    watched = Dataset.from_list(_labelled(config, validation)) if validation else None
+    return kind(model=lora_model, args=_arguments(config, len(dataset), run_dir, bool(watched)),
+                train_dataset=dataset, eval_dataset=watched, processing_class=tokenizer,
+                data_collator=collator, bfloat16=bfloat16, summed=summed, patience=config.patience)
 
 
 def make_dataset(config: FineTuneConfig, encoded: list[dict]) -> Dataset:
     """What a run trains on: rows with the labels that the recipe asks for, packed if it says so."""
-    if not config.completion_only:  # nothing stands before a document's first token to predict it
-        encoded = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]}
-                   for row in encoded]
-    dataset = Dataset.from_list(encoded)
+    dataset = Dataset.from_list(_labelled(config, encoded))
     if config.packing == "none":
         return dataset
     return packing.pack(dataset, config.max_length, config.packing)
+
+
+def _labelled(config: FineTuneConfig, encoded: list[dict]) -> list[dict]:
+    if config.completion_only:
+        return encoded
+    # Nothing stands before a document's first token to predict it.
+    return [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]}
+            for row in encoded]
 
 
 def _with_lora(config: FineTuneConfig, model):
@@ -259,7 +246,7 @@ def _with_lora(config: FineTuneConfig, model):
         task_type="CAUSAL_LM", target_modules=check_fits(config, model)))
 
 
-def _arguments(config: FineTuneConfig, rows: int, run_dir: Path) -> SFTConfig:
+def _arguments(config: FineTuneConfig, rows: int, run_dir: Path, evaluated: bool) -> SFTConfig:
     cuda = torch.cuda.is_available()
     rows_a_step = config.batch_size * config.gradient_accumulation * world_size()
     steps = config.max_steps or max(1, math.ceil(config.epochs * rows / rows_a_step))
@@ -283,7 +270,11 @@ def _arguments(config: FineTuneConfig, rows: int, run_dir: Path) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps,
-        save_total_limit=2, report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda,
+        eval_strategy="steps" if evaluated else "no", eval_steps=config.checkpoint_steps,
+        eval_on_start=evaluated and not last_checkpoint(run_dir / "checkpoints"),
+        load_best_model_at_end=evaluated,
+        save_total_limit=3,  # the best one, the newest, and the one before it while that is written
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda,
         dataloader_num_workers=2 if cuda else 0, dataloader_persistent_workers=cuda,
         ddp_find_unused_parameters=False)
     if cuda:

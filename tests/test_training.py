@@ -70,6 +70,7 @@ def test_training_gives_the_base_model_back(tiny, tmp_path, precision):
     ({"learning_rate": 5.0}, "learning_rate is 5.0"), ({"precision": "8bit"}, "precision is '8bit'"),
     ({"base_model": "gpt-9"}, "base_model 'gpt-9' is unknown"), ({"data": "no.jsonl"}, "not an existing file"),
     ({"max_rows": -7}, "max_rows is -7"), ({"dropout": 1.5}, "dropout is 1.5"), ({"rang": 3}, "'rang' is unknown"),
+    ({"patience": 0}, "patience is 0: it must be at least 1"), ({"validation_rows": -1}, "validation_rows is -1"),
     ({"optimizer": "sgd"}, "optimizer is 'sgd'"), ({"data_fraction": 2.0}, "data_fraction is 2.0"),
 ])
 def test_wrong_values_are_named_before_anything_is_loaded(wrong, said):
@@ -397,10 +398,11 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_loss(tiny, tmp_path, jobs, 
     assert resumed.returncode == 0 and "Going on from checkpoint-" in resumed.stdout, resumed.stdout[-2000:] + resumed.stderr
     whole = jobs("run", "sql", *small(tiny))
     assert whole.returncode == 0, whole.stdout[-2000:]
-    losses = [json.loads((folder / "trained" / "metrics.json").read_text())["loss_log"]
-              for folder in (interrupted, the_run(tmp_path, exclude=[interrupted.name]))]
-    assert len(losses[0]) == len(losses[1]) == 60
-    assert losses[0] == losses[1], "the resumed run took another path"
+    records = [json.loads((folder / "trained" / "metrics.json").read_text())
+               for folder in (interrupted, the_run(tmp_path, exclude=[interrupted.name]))]
+    assert [(len(record["loss_log"]), len(record["validation_log"])) for record in records] == [(60, 13)] * 2
+    for name in ("loss_log", "validation_log", "kept_step"):
+        assert records[0][name] == records[1][name], "the resumed run took another path"
 
 
 def test_the_reference_recipe_runs_on_a_bloom(tiny_bloom, tmp_path, jobs):
