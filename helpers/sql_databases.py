@@ -4,11 +4,14 @@ import contextlib
 import random
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from helpers.sql_text import Columns, Word, conditions, read, tables_of
+from sqlglot import exp
+
+from helpers.sql_queries import Columns, conditions, parse
 
 READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
                    sqlite3.SQLITE_RECURSIVE})
@@ -18,6 +21,8 @@ MAKES = READS | {sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
 _FORBIDDEN = {"load_extension", "randomblob", "zeroblob", "random"}
 _SLOW = {"printf", "format"}  # one call can take a minute; a table needs none
 _NUMBERS = ("INT", "REAL", "FLOA", "DOUB", "NUM", "DEC", "BOOL")
+_NOTHING = str.maketrans({"%": "", "*": "", "_": "q", "?": "q"})  # what a pattern can stand for
+_SOMETHING = str.maketrans({"%": "x", "*": "x", "_": "q", "?": "q"})
 _TEXTS = ("1", "2", "3", "5", "12", "alpha", "beta", "gamma", "delta")
 _COLUMNS = """SELECT m.type, m.name, c.name, c.type, c.hidden
     FROM sqlite_master AS m, pragma_table_xinfo(m.name) AS c
@@ -34,19 +39,15 @@ class Schema:
     columns: Columns
 
 
-Place = tuple[str, str]  # (table, column) in lower case
-
-
 @dataclass
 class Values:
     """What some queries compare columns with: values that meet a condition on a column (good), that
-    miss it closely (near), texts and numbers beside no column, columns compared with columns."""
+    miss it closely (near), constants beside no column, columns compared with columns."""
 
-    good: dict[Place, list] = field(default_factory=dict)
-    near: dict[Place, list] = field(default_factory=dict)
-    texts: list[str] = field(default_factory=list)
-    numbers: list[float] = field(default_factory=list)
-    keys: set[Place] = field(default_factory=set)
+    good: dict[str, list] = field(default_factory=lambda: defaultdict(list))
+    near: dict[str, list] = field(default_factory=lambda: defaultdict(list))
+    alone: list = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -110,36 +111,24 @@ def read_schema(context: str) -> Schema:
 
 
 def values_of(schema: Schema, queries: list[str]) -> Values:
-    """What queries, and CHECKs of the schema, compare its columns with."""
+    """What queries, and CHECKs of the schema, compare columns with; columns of one name in several
+    tables count as one."""
     values = Values()
     checks = [schema.context] if "check" in schema.context.lower() else []
-    for query in queries + checks:
-        words = read(query, schema.columns)
-        aliases = tables_of(words)
-        for column, operator, value in conditions(words):
-            good, near = _good_and_near(operator, value)
-            if column is None and value is not None:
-                (values.texts if isinstance(value, str) else values.numbers).append(value)
-            for place in _places(schema, aliases, column):
-                values.good.setdefault(place, []).extend(good)
-                values.near.setdefault(place, []).extend(near)
-        for left, middle, right in zip(words, words[1:], words[2:], strict=False):
-            if (left.kind, right.kind) == ("column", "column") and middle.kind == "=":
-                places = _places(schema, aliases, left) + _places(schema, aliases, right)
-                shared = [value for place in places for value in values.good.get(place, [])]
-                values.good.update(dict.fromkeys(places, list(dict.fromkeys(shared))))
-                values.keys.update(places)
+    trees = [tree for text in queries + checks for tree in parse(text, schema.columns)]
+    for columns, value, meets in (one for tree in trees for one in conditions(tree)):
+        for other in _beside(value):
+            for column in columns:
+                (values.good if meets(other) else values.near)[column].append(other)
+        if not columns:
+            values.alone.append(value)
+    for equal in (one for tree in trees for one in tree.find_all(exp.EQ)):
+        if isinstance(equal.left, exp.Column) and isinstance(equal.right, exp.Column):
+            pair = equal.left.name.lower(), equal.right.name.lower()
+            values.keys.update(pair)
+            shared = list(dict.fromkeys(values.good[pair[0]] + values.good[pair[1]]))
+            values.good.update(dict.fromkeys(pair, shared))
     return values
-
-
-def _places(schema: Schema, aliases: dict[str, set[str]], column: Word | None) -> list[Place]:
-    """The columns that a word may stand for: of its table, or of all tables that have one."""
-    places = []
-    for table, columns in schema.tables.items():
-        named = not (column and column.table) or table.lower() in aliases.get(column.table, ())
-        if column and named and column.value in (name for name, _ in columns):
-            places.append((table.lower(), column.value))
-    return places
 
 
 def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
@@ -153,7 +142,7 @@ def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
     key_top = rng.choice((rows // 4, rows // 2, rows))
     with limits(connection, 1, MAKES):
         for table, columns in schema.tables.items():
-            chosen = _rows(rng, table.lower(), columns, values, rows, key_top)
+            chosen = _rows(rng, columns, values, rows, key_top)
             names = ", ".join(_quoted(name) for name, _ in columns)
             marks = ", ".join("?" * len(columns))
             insert = f"INSERT INTO {_quoted(table)} ({names}) VALUES ({marks})"
@@ -200,12 +189,13 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _rows(rng: random.Random, table: str, columns: list[tuple[str, bool]], values: Values,
-          rows: int, key_top: int) -> list[list]:
+def _rows(rng: random.Random, columns: list[tuple[str, bool]], values: Values, rows: int,
+          key_top: int) -> list[list]:
     """Random rows: some meet all conditions on their columns, some all but one, some are as may be;
     some stand twice, which shows a missing DISTINCT."""
-    compared = [name for name, _ in columns if values.good.get((table, name))]
-    tops = [key_top if (table, name) in values.keys else rng.choice((0, 2, 9, 60, 60))
+    compared = [name for name, _ in columns if values.good[name]]
+    texts = [value for value in values.alone if isinstance(value, str)]
+    tops = [key_top if name in values.keys else rng.choice((0, 2, 9, 60, 60))
             for name, _ in columns]
     chosen = []
     for _ in range(rows - rows // 4):
@@ -213,14 +203,14 @@ def _rows(rng: random.Random, table: str, columns: list[tuple[str, bool]], value
         odd = rng.choice(compared) if compared and aim == "all but one" else None
         row = []
         for (name, is_number), top in zip(columns, tops, strict=True):
-            good, near = values.good.get((table, name)), values.near.get((table, name))
+            good, near = values.good[name], values.near[name]
             if good and (aim != "none" and name != odd or rng.random() < 0.3):
                 row.append(rng.choice(good))
             elif near and rng.random() < (0.9 if name == odd else 0.5):
                 row.append(rng.choice(near))
-            elif values.texts and rng.random() < 0.1:
-                row.append(rng.choice(values.texts))
-            elif is_number or top == 60 or (table, name) in values.keys:
+            elif texts and rng.random() < 0.1:
+                row.append(rng.choice(texts))
+            elif is_number or top == 60 or name in values.keys:
                 row.append(rng.randint(0, top))
             else:
                 row.append(rng.choice(_TEXTS[:top + 1]))
@@ -228,26 +218,14 @@ def _rows(rng: random.Random, table: str, columns: list[tuple[str, bool]], value
     return chosen + rng.choices(chosen, k=rows // 4)
 
 
-def _good_and_near(operator: str, value) -> tuple[list, list]:
-    """(values that meet a condition, values that just miss it)."""
+def _beside(value) -> list:
+    """A constant and what differs little from it."""
     if value is None:
-        return ([None], ["", 0]) if operator == "=" else ([], [None])
-    if isinstance(value, str) and operator in ("LIKE", "GLOB"):
-        plain = value.translate(str.maketrans({"%": "", "*": "", "_": "q", "?": "q"}))
-        filled = value.translate(str.maketrans({"%": "x", "*": "x", "_": "q", "?": "q"}))
-        return [plain, filled], [plain.swapcase(), "x" + plain, plain + "x", "x" + plain + "x",
-                                 plain[:-1], plain[1:], value]
-    less, more = _beside(value)
-    other = [value.swapcase()] if isinstance(value, str) else []
-    return {"<>": (less + more, [value]), ">": (more, [value, *less]),
-            ">=": ([value, *more], less), "<": (less, [value, *more]),
-            "<=": ([value, *less], more)}.get(operator, ([value], less + more + other))
-
-
-def _beside(value) -> tuple[list, list]:
-    """(smaller values, greater values), all near."""
+        return [None, "", 0]
     if not isinstance(value, str):
-        return [value - 1], [value + 1]
-    if value.isdecimal() and len(value) < 15:
-        return [str(int(value) - 1), value[:-1]], [str(int(value) + 1), value + "s"]
-    return [value[:-1]], [value + "s"]
+        return [value, value - 1, value + 1]
+    plain, filled = value.translate(_NOTHING), value.translate(_SOMETHING)
+    numbers = [int(value) - 1, int(value) + 1] if value.isdecimal() and len(value) < 15 else []
+    return list(dict.fromkeys([
+        value, plain, filled, *map(str, numbers), plain.swapcase(), plain[:-1], plain[1:],
+        plain + "s", "x" + plain, "x" + plain + "x"]))

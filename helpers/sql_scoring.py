@@ -5,22 +5,13 @@ that helpers.sql_text knows, and databases are added until each change shows in 
 """
 
 import contextlib
-import logging
-import math
 import sqlite3
 import time
 from collections import Counter
 from functools import lru_cache
 
-import sqlglot
-from sqlglot import exp
-from sqlglot.errors import SqlglotError
-from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
-
-from helpers.sql_databases import fill, fill_databases, limits, read_schema, run_sql, values_of
-from helpers.sql_text import Columns, edits, is_ordered, read
-
-__all__ = ["fill_databases", "normalise_sql", "run_sql", "same_rows", "sql_exact", "sql_execution"]
+from helpers.sql_databases import fill, limits, read_schema, run_sql, values_of
+from helpers.sql_queries import edits, normalise_sql, parse
 
 MOST_ROWS = 5000  # of a result that is compared
 # Of a database: rows, rows per number that the reference counts to, share of empty cells; in turn.
@@ -29,29 +20,6 @@ _SHAPES = ((24, 1.3, 0.0), (9, 2, 0.1), (16, 1, 0.0), (4, 1, 0.0), (24, 3, 0.1),
 # Databases for a reference: at least; while an edit lives; while one lives that must not.
 _FEWEST, _MORE, _MOST = 3, 12, 32
 _STEPS = 30  # thousands of SQLite's operations that an edit may take
-
-# That a model's text is no query is a score, not a warning.
-logging.getLogger("sqlglot").setLevel(logging.ERROR)
-
-
-def normalise_sql(query: str, columns: Columns | None = None) -> str | None:
-    """The query in one spelling (case of keywords and names, spacing, quotes), or None when it does
-    not parse.
-
-    columns: those of the tables; if given, another name in double quotes is a text, as for SQLite.
-    """
-    try:
-        tree = sqlglot.parse_one(query, dialect="sqlite")
-        known = {*(columns or ()), *(alias.alias.lower() for alias in tree.find_all(exp.Alias))}
-        for identifier in list(tree.find_all(exp.Identifier)):
-            column = identifier.parent
-            if columns and identifier.quoted and identifier.name.lower() not in known:
-                if isinstance(column, exp.Column) and not column.table:
-                    column.replace(exp.Literal.string(identifier.name))
-            identifier.set("quoted", False)  # "name" and name are the same column
-        return normalize_identifiers(tree, dialect="sqlite").sql(dialect="sqlite", comments=False)
-    except (SqlglotError, RecursionError, ValueError):
-        return None
 
 
 def sql_exact(answer: str, reference: str, context: str = "") -> bool:
@@ -74,7 +42,7 @@ def sql_execution(answer: str, reference: str, context: str,
     """
     indices, decidable = _choose(reference, context, seed)
     schema = read_schema(context)
-    ordered = is_ordered(read(reference, schema.columns))
+    ordered = _is_ordered(parse(reference))
     own, both = values_of(schema, [reference]), values_of(schema, [reference, answer])
     plans = [(own, index) for index in indices] + [(both, -1 - index) for index in range(_FEWEST)]
     same = True
@@ -90,33 +58,12 @@ def sql_execution(answer: str, reference: str, context: str,
 
 
 def same_rows(a: list[tuple], b: list[tuple], ordered: bool) -> bool:
-    """Whether two results are equal, numbers within 1e-9 of their size."""
-    if len(a) != len(b):
-        return False
-    if a == b or not ordered and Counter(a) == Counter(b):
+    """Whether two results are equal, with fractions to ten digits."""
+    if a == b:
         return True
-    if not any(isinstance(value, float) for row in a for value in row):
-        return False
-    if not ordered:
-        a, b = sorted(a, key=_sort_key), sorted(b, key=_sort_key)
-    return all(len(x) == len(y) and all(map(_same_value, x, y)) for x, y in zip(a, b, strict=True))
-
-
-def _same_value(a, b) -> bool:
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
-    return a == b
-
-
-def _sort_key(row: tuple) -> list:
-    """Orders rows of any types; numbers that are nearly equal stand together."""
-    key = []
-    for value in row:
-        if isinstance(value, (int, float)):
-            key += ["number", float(f"{value:.6g}")]
-        else:
-            key += [type(value).__name__, "" if value is None else value]
-    return key
+    a, b = ([tuple(float(f"{value:.10g}") if isinstance(value, float) else value for value in row)
+             for row in rows] for rows in (a, b))
+    return a == b if ordered else Counter(a) == Counter(b)
 
 
 @lru_cache(maxsize=4096)
@@ -128,8 +75,11 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
     """
     schema = read_schema(context)
     values = values_of(schema, [reference])
-    ordered = is_ordered(read(reference, schema.columns))
-    alive = {"SELECT 1 WHERE 0": True, **edits(reference, schema.columns)}
+    trees = parse(reference, schema.columns)
+    ordered = _is_ordered(trees)
+    # That of which no edit can be made is no better told apart than one that is like its edits.
+    found = edits(trees[0], schema.columns) if trees else {reference: True}
+    alive = {"SELECT 1 WHERE 0": True, **found}
     chosen, deadline = [], time.monotonic() + 10
     for index in range(_MOST):
         with contextlib.closing(_database(schema, values, seed, index)) as connection:
@@ -144,9 +94,14 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
     return tuple(chosen), not any(alive.values())
 
 
+def _is_ordered(trees) -> bool:
+    """Whether the query as a whole, not a part of it, orders its rows."""
+    return bool(trees and trees[0].args.get("order"))
+
+
 def _database(schema, values, seed: int, index: int) -> sqlite3.Connection:
     fewest, per_count, nulls = _SHAPES[index % len(_SHAPES)]
-    counts = [number for number in values.numbers if number <= 100]
+    counts = [number for number in values.alone if isinstance(number, int) and number <= 100]
     rows = max(fewest, int(per_count * max(counts, default=0)) + index % 2)
     return fill(schema, values, f"{seed}/{index}", rows, nulls)
 
