@@ -21,8 +21,6 @@ MAKES = READS | {sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
 _FORBIDDEN = {"load_extension", "randomblob", "zeroblob", "random"}
 _SLOW = {"printf", "format"}  # one call can take a minute; a table needs none
 _NUMBERS = ("INT", "REAL", "FLOA", "DOUB", "NUM", "DEC", "BOOL")
-_NOTHING = str.maketrans({"%": "", "*": "", "_": "q", "?": "q"})  # what a pattern can stand for
-_SOMETHING = str.maketrans({"%": "x", "*": "x", "_": "q", "?": "q"})
 _TEXTS = ("1", "2", "3", "5", "12", "alpha", "beta", "gamma", "delta")
 _COLUMNS = """SELECT m.type, m.name, c.name, c.type, c.hidden
     FROM sqlite_master AS m, pragma_table_xinfo(m.name) AS c
@@ -111,23 +109,23 @@ def read_schema(context: str) -> Schema:
 
 
 def values_of(schema: Schema, queries: list[str]) -> Values:
-    """What queries, and CHECKs of the schema, compare columns with; columns of one name in several
+    """What queries, and CHECKs of the schema, compare columns with. Columns of one name in several
     tables count as one."""
-    values = Values()
+    values, names = Values(), frozenset(schema.columns)
     checks = [schema.context] if "check" in schema.context.lower() else []
-    trees = [tree for text in queries + checks for tree in parse(text, schema.columns)]
-    for columns, value, meets in (one for tree in trees for one in conditions(tree)):
-        for other in _beside(value):
+    for tree in (tree for text in queries + checks for tree in parse(text, names)):
+        for columns, value, good, near in conditions(tree):
             for column in columns:
-                (values.good if meets(other) else values.near)[column].append(other)
-        if not columns:
-            values.alone.append(value)
-    for equal in (one for tree in trees for one in tree.find_all(exp.EQ)):
-        if isinstance(equal.left, exp.Column) and isinstance(equal.right, exp.Column):
-            pair = equal.left.name.lower(), equal.right.name.lower()
-            values.keys.update(pair)
-            shared = list(dict.fromkeys(values.good[pair[0]] + values.good[pair[1]]))
-            values.good.update(dict.fromkeys(pair, shared))
+                values.good[column] += good
+                values.near[column] += near
+            if not columns:
+                values.alone.append(value)
+        for equal in tree.find_all(exp.EQ):
+            if isinstance(equal.left, exp.Column) and isinstance(equal.right, exp.Column):
+                pair = equal.left.name.lower(), equal.right.name.lower()
+                values.keys.update(pair)
+                shared = list(dict.fromkeys(values.good[pair[0]] + values.good[pair[1]]))
+                values.good.update(dict.fromkeys(pair, shared))
     return values
 
 
@@ -142,11 +140,10 @@ def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
     key_top = rng.choice((rows // 4, rows // 2, rows))
     with limits(connection, 1, MAKES):
         for table, columns in schema.tables.items():
-            chosen = _rows(rng, columns, values, rows, key_top)
             names = ", ".join(_quoted(name) for name, _ in columns)
             marks = ", ".join("?" * len(columns))
             insert = f"INSERT INTO {_quoted(table)} ({names}) VALUES ({marks})"
-            for row in chosen:
+            for row in _rows(rng, columns, values, rows, key_top):
                 if time.monotonic() > deadline:
                     raise sqlite3.OperationalError("its rows take too long to check")
                 row = [None if nulls and rng.random() < nulls else value for value in row]
@@ -159,10 +156,9 @@ def fill_databases(context: str, queries: list[str], seed: int = 0, databases: i
                    rows: int = 24) -> list[sqlite3.Connection]:
     """Random in-memory databases with the context's tables, built to tell the queries apart.
 
-    A column that a query compares with a value holds values that meet the condition and values that
-    just miss it; most rows meet all conditions, or all but one. Keys are drawn from a small range,
-    so that joins meet; some rows stand twice; every second database has empty cells. Foreign keys
-    need not hold.
+    Most rows meet all conditions of the queries, or all but one, which they miss closely. Keys are
+    drawn from a small range, so that joins meet; some rows stand twice; every second database has
+    empty cells. Foreign keys need not hold.
     Raises sqlite3.Error when the context does more than make tables, views and indexes.
     """
     schema = read_schema(context)
@@ -176,12 +172,8 @@ def _make(context: str) -> sqlite3.Connection:
     this database, of at most 8 MB, and do nothing else."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.execute("PRAGMA max_page_count = 2000")
-    try:
-        with limits(connection, 1, MAKES):
-            connection.executescript(context)
-    except sqlite3.Error:
-        connection.close()
-        raise
+    with limits(connection, 1, MAKES):
+        connection.executescript(context)
     return connection
 
 
@@ -216,16 +208,3 @@ def _rows(rng: random.Random, columns: list[tuple[str, bool]], values: Values, r
                 row.append(rng.choice(_TEXTS[:top + 1]))
         chosen.append(row)
     return chosen + rng.choices(chosen, k=rows // 4)
-
-
-def _beside(value) -> list:
-    """A constant and what differs little from it."""
-    if value is None:
-        return [None, "", 0]
-    if not isinstance(value, str):
-        return [value, value - 1, value + 1]
-    plain, filled = value.translate(_NOTHING), value.translate(_SOMETHING)
-    numbers = [int(value) - 1, int(value) + 1] if value.isdecimal() and len(value) < 15 else []
-    return list(dict.fromkeys([
-        value, plain, filled, *map(str, numbers), plain.swapcase(), plain[:-1], plain[1:],
-        plain + "s", "x" + plain, "x" + plain + "x"]))

@@ -1,9 +1,9 @@
 """A query as sqlglot's tree: its spelling, the values that it compares columns with, its edits."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache
 from operator import eq, ge, gt, le, lt, ne
 
 import sqlglot
@@ -12,13 +12,14 @@ from sqlglot.errors import SqlglotError
 from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 
 Columns = dict[str, list[str]]  # a column's name in lower case -> the other columns of its tables
-Condition = tuple[set[str], object, Callable]  # columns, value, whether another value meets it
-Change = tuple[exp.Expression, str, object, bool]  # node, argument, its new value, see edits()
 
+_number, _text = exp.Literal.number, exp.Literal.string
 _PATTERN = str.maketrans("%_", "*?")
+_NOTHING = str.maketrans({"%": "", "*": "", "_": "q", "?": "q"})  # what a pattern can stand for
+_SOMETHING = str.maketrans({"%": "x", "*": "x", "_": "q", "?": "q"})
 _COMPARISONS = {
-    exp.EQ: eq, exp.Is: eq, exp.In: eq, exp.NEQ: ne, exp.GT: gt, exp.GTE: ge, exp.LT: lt,
-    exp.LTE: le, exp.Between: eq, exp.Glob: fnmatchcase,
+    exp.EQ: eq, exp.Is: eq, exp.In: eq, exp.Between: eq, exp.NEQ: ne, exp.GT: gt, exp.GTE: ge,
+    exp.LT: lt, exp.LTE: le, exp.Glob: fnmatchcase,
     exp.Like: lambda text, like: fnmatchcase(text.lower(), like.lower().translate(_PATTERN))}
 _AGGREGATES = (exp.Count, exp.Max, exp.Min, exp.Sum, exp.Avg)
 # A change that leaves a query as right as it was is rare among these ...
@@ -35,44 +36,46 @@ _OTHERS = {
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
 
 
-def parse(text: str, columns: Iterable[str] = ()) -> list[exp.Expression]:
-    """The trees of a text's statements; [] when it does not parse.
+@lru_cache(maxsize=64)  # a row's queries are looked at several times
+def parse(text: str, columns: frozenset[str] = frozenset()) -> tuple[exp.Expression, ...]:
+    """The trees of a text's statements, for all callers: change a copy. () if it does not parse.
 
     columns: those of the tables; if given, another name in double quotes is a text, as for SQLite.
     """
     try:
-        trees = [tree for tree in sqlglot.parse(text, dialect="sqlite") if tree]
+        trees = tuple(tree for tree in sqlglot.parse(text, dialect="sqlite") if tree)
     except (SqlglotError, RecursionError, ValueError):
-        return []
+        return ()
     for tree in trees if columns else ():
         known = {*columns, *(alias.alias.lower() for alias in tree.find_all(exp.Alias))}
         for column in list(tree.find_all(exp.Column)):
             quoted = column.this.args.get("quoted") and not column.table
             if quoted and column.name.lower() not in known:
-                column.replace(exp.Literal.string(column.name))
+                column.replace(_text(column.name))
     return trees
 
 
-def normalise_sql(query: str, columns: Columns | None = None) -> str | None:
+def normalise_sql(query: str, columns: Iterable[str] = ()) -> str | None:
     """The query in one spelling (case of keywords and names, spacing, quotes), or None when it is
     not one statement that parses. columns: see parse()."""
-    trees = parse(query, columns or ())
+    trees = parse(query, frozenset(columns))
     if len(trees) != 1:
         return None
-    for identifier in trees[0].find_all(exp.Identifier):
+    tree = trees[0].copy()
+    for identifier in tree.find_all(exp.Identifier):
         identifier.set("quoted", False)  # "name" and name are the same column
-    return normalize_identifiers(trees[0], dialect="sqlite").sql("sqlite", comments=False)
+    return normalize_identifiers(tree, dialect="sqlite").sql("sqlite", copy=False, comments=False)
 
 
-def conditions(tree: exp.Expression) -> Iterator[Condition]:
-    """Every constant of a query or of a table's CHECK, and the columns that it is compared with."""
+def conditions(tree: exp.Expression) -> Iterator[tuple[set[str], object, list, list]]:
+    """Every constant of a query or of a table's CHECK: (columns that it is compared with, its
+    value, values that meet that condition, values that miss it closely)."""
     for node in tree.find_all(exp.Literal, exp.Null):
-        place = node.find_ancestor(*_COMPARISONS, exp.Select)
-        value = _value(node)
+        place, value = node.find_ancestor(*_COMPARISONS, exp.Select), _value(node)
         if isinstance(node.parent, exp.Neg) and isinstance(value, int | float):
-            node, value = node.parent, -value
+            value = -value
         if not isinstance(place, tuple(_COMPARISONS)) or place.find(exp.Count):
-            yield set(), value, eq
+            yield set(), value, [], []
             continue
         compare = {"low": ge, "high": le}.get(node.arg_key, _COMPARISONS[type(place)])
         if value is None:
@@ -80,8 +83,10 @@ def conditions(tree: exp.Expression) -> Iterator[Condition]:
         elif isinstance(place, exp.Like | exp.Glob):
             value = str(value)
         negated = isinstance(place.parent, exp.Not) or bool(place.args.get("negate"))
-        columns = {column.name.lower() for column in place.find_all(exp.Column)}
-        yield columns, value, partial(_meets, compare, value, node is place.this, negated)
+        beside = _beside(value)
+        good = [other for other in beside if compare(other, value) != negated]
+        near = [other for other in beside if other not in good]
+        yield {column.name.lower() for column in place.find_all(exp.Column)}, value, good, near
 
 
 def edits(tree: exp.Expression, columns: Columns) -> dict[str, bool]:
@@ -90,16 +95,20 @@ def edits(tree: exp.Expression, columns: Columns) -> dict[str, bool]:
 
     Some of them do not run. Returns {edit: whether a change of meaning is all but certain}.
     """
-    root = exp.Paren(this=tree)
+    root, gap = exp.Paren(this=tree.copy()), exp.var("\0")  # no query has that character
+    write = sqlglot.Dialect.get_or_raise("sqlite").generator().generate
     found: dict[str, bool] = {}
-    for node in list(tree.walk()):
-        for owner, key, new, certain in list(_changes(node, columns)):
-            old = owner.args.get(key)
-            owner.set(key, new)
-            query = root.this.sql("sqlite", copy=False)
+    for node in list(root.this.walk()):
+        changes = [(True, new) for new in _sure(node)]
+        changes += [(False, new) for new in _unsure(node, columns)]
+        if changes:
+            node.replace(gap)
+            before, after = write(root.this, copy=False).split("\0")
+            gap.replace(node)
+        for certain, new in changes:
+            query = before + write(new, copy=False) + after
             found[query] = certain or found.get(query, False)
-            owner.set(key, old)
-    found.pop(tree.sql("sqlite"), None)
+    found.pop(write(root.this, copy=False), None)
     return found
 
 
@@ -111,90 +120,80 @@ def _value(node: exp.Expression) -> object:
     return int(node.this) if node.this.isdigit() and number < 2**62 else number
 
 
-def _meets(compare: Callable, value, flipped: bool, negated: bool, other) -> bool:
-    return (compare(value, other) if flipped else compare(other, value)) != negated
-
-
-def _changes(node: exp.Expression, columns: Columns) -> Iterator[Change]:
-    """What can be changed at one node."""
-    for certain, found in ((True, _sure(node)), (False, _unsure(node, columns))):
-        for new in found:
-            yield *_place(node, new), certain
-    for key, new in _settings(node):
-        yield node, key, new, False
-
-
-def _place(node: exp.Expression, new: exp.Expression | None) -> tuple[exp.Expression, str, object]:
-    """(parent, argument, its value with `new` in the node's place; None: without the node)"""
-    parent, key = node.parent, node.arg_key
-    if node.index is None:
-        return parent, key, new
-    others = [new if one is node else one for one in parent.args[key]]
-    return parent, key, [one for one in others if one]
+def _beside(value) -> list:
+    """A constant and what differs little from it."""
+    if value is None:
+        return [None, "", 0]
+    if not isinstance(value, str):
+        return [value, value - 1, value + 1]
+    plain, filled = value.translate(_NOTHING), value.translate(_SOMETHING)
+    numbers = [int(value) - 1, int(value) + 1] if value.isdecimal() and len(value) < 15 else []
+    return list(dict.fromkeys([value, plain, filled, *map(str, numbers), plain.swapcase(),
+                               plain[:-1], plain[1:], plain + "s", "x" + plain, f"x{plain}x"]))
 
 
 def _sure(node: exp.Expression) -> Iterator[exp.Expression]:
     """Another constant, the opposite operator, a condition that is always or never met."""
-    kind, constant = type(node), isinstance(node, exp.Literal | exp.Boolean)
     if isinstance(node, exp.Literal) and not isinstance(node.parent, exp.Limit):
-        value = _value(node)
-        yield exp.Literal.string(value + "s") if node.is_string else _literal(value + 1)
-    if kind in _OPPOSITE:
-        yield _OPPOSITE[kind](**node.copy().args)
+        yield _text(node.this + "s") if node.is_string else _number(_value(node) + 1)
+    if type(node) in _OPPOSITE:
+        yield _OPPOSITE[type(node)](**node.copy().args)
     is_condition = node.arg_key == "on" or isinstance(
         node.parent, exp.Where | exp.Having | exp.And | exp.Or)
-    if is_condition and not constant:
-        yield from (_literal(1), _literal(0))
+    if is_condition and not isinstance(node, exp.Literal | exp.Boolean):
+        yield from (_number(1), _number(0))
 
 
-def _unsure(node: exp.Expression, columns: Columns) -> Iterator[exp.Expression | None]:
-    """What else can stand in a node's place; None: nothing."""
+def _unsure(node: exp.Expression, columns: Columns) -> Iterator[exp.Expression]:
+    """What else can stand in a node's place."""
     kind = type(node)
     if kind is exp.Literal and node.is_string:
         text = node.this
         for other in (text.swapcase(), text[:-1], text.lstrip("%"), text.rstrip("%")):
-            yield exp.Literal.string(other)
+            yield _text(other)
     elif kind is exp.Literal:
-        yield from (_literal(_value(node) - 1), _literal(_value(node) + 1))
+        yield from (_number(_value(node) - 1), _number(_value(node) + 1))
     elif kind is exp.Column:
         for name in columns.get(node.name.lower(), ()):
-            yield exp.Column(**{**node.copy().args, "this": exp.to_identifier(name, quoted=True)})
+            yield _changed(node, "this", exp.to_identifier(name, quoted=True))
     elif kind in _AGGREGATES:
         yield from (other(this=node.this.copy()) for other in _AGGREGATES)
         if isinstance(node.this, exp.Column) and kind not in (exp.Max, exp.Min):
             yield kind(this=exp.Distinct(expressions=[node.this.copy()]))
     elif kind is exp.Distinct and isinstance(node.parent, _AGGREGATES):
-        yield node.expressions[0].copy()
+        yield node.expressions[0]
     elif kind in (exp.Like, exp.In, exp.Between):
         yield exp.Not(this=node.copy())
-    elif kind is exp.Not:
-        yield node.this.copy()
     elif kind is exp.Is:
-        yield exp.EQ(this=node.this.copy(), expression=exp.Literal.string(""))
+        yield exp.EQ(this=node.this.copy(), expression=_text(""))
     elif kind is exp.Ordered:
         down = bool(node.args.get("desc"))
         yield exp.Ordered(this=node.this.copy(), desc=not down, nulls_first=down)
-        if len(node.parent.expressions) > 1:
-            yield None
-    elif kind in (exp.Order, exp.Limit):
-        yield None
+    elif isinstance(node, exp.Select | exp.SetOperation):
+        yield from _other_clauses(node)
     for other in _OTHERS.get(kind, ()):
         yield other(**node.copy().args)
 
 
-def _settings(node: exp.Expression) -> Iterator[tuple[str, object]]:
-    """(argument of a node, its new value)"""
-    if isinstance(node, exp.Select):
-        grouped = node.args.get("group") or any(one.find(exp.AggFunc) for one in node.expressions)
-        if node.args.get("distinct"):
-            yield "distinct", None
-        elif node.parent_select is None and not grouped and isinstance(node.parent, exp.Paren):
-            yield "distinct", exp.Distinct()
-    elif isinstance(node, exp.Join):
-        yield "side", None if node.side else "LEFT"
-    elif isinstance(node, exp.Union):
-        yield "distinct", not node.args.get("distinct")
+def _other_clauses(query: exp.Query) -> Iterator[exp.Query]:
+    """DISTINCT more or less, no order, a sort key less, no limit, a join of another kind."""
+    distinct, order, joins = (query.args.get(key) for key in ("distinct", "order", "joins"))
+    settings = [(key, None) for key in ("order", "limit") if query.args.get(key)]
+    if isinstance(query, exp.Union):
+        settings.append(("distinct", not distinct))
+    elif distinct:
+        settings.append(("distinct", None))
+    elif isinstance(query.parent, exp.Paren) and not query.find(exp.Group, exp.AggFunc):
+        settings.append(("distinct", exp.Distinct()))
+    for key, value in settings:
+        yield _changed(query, key, value)
+    for i in range(len(order.expressions) if order else 0):
+        yield _changed(query, "order", _changed(order, "expressions", None, i))
+    for i, join in enumerate(joins or ()):
+        yield _changed(query, "joins", _changed(join, "side", None if join.side else "LEFT"), i)
 
 
-def _literal(number: float) -> exp.Expression:
-    return exp.Literal.number(number)
+def _changed(node: exp.Expression, key: str, value, index: int | None = None) -> exp.Expression:
+    other = node.copy()
+    other.set(key, value, index)
+    return other

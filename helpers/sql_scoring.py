@@ -1,7 +1,7 @@
 """SQL answers: exact match after normalisation, and execution on databases that tell queries apart.
 
 The databases of a row are chosen by mutation: its reference is changed in one place, in every way
-that helpers.sql_text knows, and databases are added until each change shows in a result.
+that helpers.sql_queries knows, and databases are added until each change shows in a result.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from functools import lru_cache
 
-from helpers.sql_databases import fill, limits, read_schema, run_sql, values_of
+from helpers.sql_databases import Schema, Values, fill, limits, read_schema, run_sql, values_of
 from helpers.sql_queries import edits, normalise_sql, parse
 
 MOST_ROWS = 5000  # of a result that is compared
@@ -19,12 +19,12 @@ _SHAPES = ((24, 1.3, 0.0), (9, 2, 0.1), (16, 1, 0.0), (4, 1, 0.0), (24, 3, 0.1),
            (16, 2, 0.3), (4, 0, 0.0))
 # Databases for a reference: at least; while an edit lives; while one lives that must not.
 _FEWEST, _MORE, _MOST = 3, 12, 32
-_STEPS = 30  # thousands of SQLite's operations that an edit may take
+_STEPS = 30_000  # of SQLite, that an edit may take: unlike time, the same on every machine
 
 
 def sql_exact(answer: str, reference: str, context: str = "") -> bool:
     """Whether two queries are the same after normalisation."""
-    columns = read_schema(context).columns if context else None
+    columns = read_schema(context).columns if context else ()
     normal = normalise_sql(answer, columns)
     return normal is not None and normal == normalise_sql(reference, columns)
 
@@ -40,9 +40,8 @@ def sql_execution(answer: str, reference: str, context: str,
     same everywhere. valid: the answer ran on all databases. Raises sqlite3.Error when the reference
     itself does not run.
     """
-    indices, decidable = _choose(reference, context, seed)
+    indices, ordered, decidable = _choose(reference, context, seed)
     schema = read_schema(context)
-    ordered = _is_ordered(parse(reference))
     own, both = values_of(schema, [reference]), values_of(schema, [reference, answer])
     plans = [(own, index) for index in indices] + [(both, -1 - index) for index in range(_FEWEST)]
     same = True
@@ -67,17 +66,17 @@ def same_rows(a: list[tuple], b: list[tuple], ordered: bool) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], bool]:
-    """The numbers of the databases that tell a reference from its single edits, and whether all do.
+def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], bool, bool]:
+    """(numbers of the databases that tell a reference from its single edits, whether the order of
+    its rows counts, whether all edits are told).
 
     An edit that no database shows may mean the same, as LEFT JOIN before a WHERE does. It makes the
-    reference undecidable if it is of a kind that all but certainly means something else.
+    reference undecidable if it is of a kind that all but certainly means something else, and so
+    does that sqlglot cannot parse the reference: then nothing is known of its edits.
     """
     schema = read_schema(context)
-    values = values_of(schema, [reference])
-    trees = parse(reference, schema.columns)
-    ordered = _is_ordered(trees)
-    # That of which no edit can be made is no better told apart than one that is like its edits.
+    values, trees = values_of(schema, [reference]), parse(reference, frozenset(schema.columns))
+    ordered = bool(trees and trees[0].args.get("order"))
     found = edits(trees[0], schema.columns) if trees else {reference: True}
     alive = {"SELECT 1 WHERE 0": True, **found}
     chosen, deadline = [], time.monotonic() + 10
@@ -91,15 +90,10 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
         enough = _MORE if alive else _FEWEST
         if index + 1 >= enough and not any(alive.values()) or time.monotonic() > deadline:
             break
-    return tuple(chosen), not any(alive.values())
+    return tuple(chosen), ordered, not any(alive.values())
 
 
-def _is_ordered(trees) -> bool:
-    """Whether the query as a whole, not a part of it, orders its rows."""
-    return bool(trees and trees[0].args.get("order"))
-
-
-def _database(schema, values, seed: int, index: int) -> sqlite3.Connection:
+def _database(schema: Schema, values: Values, seed: int, index: int) -> sqlite3.Connection:
     fewest, per_count, nulls = _SHAPES[index % len(_SHAPES)]
     counts = [number for number in values.alone if isinstance(number, int) and number <= 100]
     rows = max(fewest, int(per_count * max(counts, default=0)) + index % 2)
@@ -109,20 +103,14 @@ def _database(schema, values, seed: int, index: int) -> sqlite3.Connection:
 def _alike(connection: sqlite3.Connection, queries: dict[str, bool], expected: list[tuple],
            ordered: bool) -> dict[str, bool]:
     """Those of the queries that return what is expected, or take too many steps to tell."""
-    left, steps = {}, [0]
-
-    def too_long() -> bool:
-        steps[0] += 1
-        return steps[0] > _STEPS
-
+    left = {}
     with limits(connection, 60):
-        connection.set_progress_handler(too_long, 1000)  # unlike time, the same on every machine
+        connection.set_progress_handler(lambda: True, _STEPS)
         for query, certain in queries.items():
-            steps[0] = 0
             try:
                 same = same_rows(connection.execute(query).fetchmany(MOST_ROWS), expected, ordered)
-            except (sqlite3.Error, sqlite3.Warning):
-                same = steps[0] > _STEPS
+            except sqlite3.Error as error:
+                same = error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT
             if same:
                 left[query] = certain
     return left
