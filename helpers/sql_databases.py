@@ -51,7 +51,7 @@ class Values:
 @contextlib.contextmanager
 def limits(connection: sqlite3.Connection, seconds: float,
            allowed: frozenset[int] = READS) -> Iterator[None]:
-    """For a with block: a stranger's SQL can only read, for so many seconds.
+    """For a with block: a stranger's SQL can only read, for so many seconds of CPU time.
 
     Raises sqlite3.Error for whatever is wrong, forbidden or too slow.
     """
@@ -62,9 +62,9 @@ def limits(connection: sqlite3.Connection, seconds: float,
             return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
-    deadline = time.monotonic() + seconds
+    deadline = time.thread_time() + seconds
     connection.set_authorizer(authorise)
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)
+    connection.set_progress_handler(lambda: time.thread_time() > deadline, 1000)
     # The deadline is looked at between SQLite's operations. One operation on long texts (instr,
     # LIKE) can take minutes, and a thousand rows of them a gigabyte: so no text beyond 50 kB, and
     # no pattern beyond 200 characters.
@@ -136,17 +136,15 @@ def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
     constraints take more than a second."""
     rng = random.Random(seed)
     connection = _make(schema.context)
-    deadline = time.monotonic() + 1
-    key_top = rng.choice((rows // 4, rows // 2, rows))
+    deadline = time.thread_time() + 1
     with limits(connection, 1, MAKES):
         for table, columns in schema.tables.items():
             names = ", ".join(_quoted(name) for name, _ in columns)
             marks = ", ".join("?" * len(columns))
             insert = f"INSERT INTO {_quoted(table)} ({names}) VALUES ({marks})"
-            for row in _rows(rng, columns, values, rows, key_top):
-                if time.monotonic() > deadline:
+            for row in _rows(rng, columns, values, rows, nulls):
+                if time.thread_time() > deadline:
                     raise sqlite3.OperationalError("its rows take too long to check")
-                row = [None if nulls and rng.random() < nulls else value for value in row]
                 with contextlib.suppress(sqlite3.Error, ValueError):  # half a surrogate pair
                     connection.execute(insert, row)
     return connection
@@ -156,10 +154,9 @@ def fill_databases(context: str, queries: list[str], seed: int = 0, databases: i
                    rows: int = 24) -> list[sqlite3.Connection]:
     """Random in-memory databases with the context's tables, built to tell the queries apart.
 
-    Most rows meet all conditions of the queries, or all but one, which they miss closely. Keys are
-    drawn from a small range, so that joins meet; some rows stand twice; every second database has
-    empty cells. Foreign keys need not hold.
-    Raises sqlite3.Error when the context does more than make tables, views and indexes.
+    Many rows meet all conditions of the queries, others miss some closely. Keys are drawn from a
+    small range, so that joins meet; every second database has empty cells. Foreign keys need not
+    hold. Raises sqlite3.Error when the context does more than make tables, views and indexes.
     """
     schema = read_schema(context)
     values = values_of(schema, queries)
@@ -182,29 +179,27 @@ def _quoted(name: str) -> str:
 
 
 def _rows(rng: random.Random, columns: list[tuple[str, bool]], values: Values, rows: int,
-          key_top: int) -> list[list]:
-    """Random rows: some meet all conditions on their columns, some all but one, some are as may be;
-    some stand twice, which shows a missing DISTINCT."""
-    compared = [name for name, _ in columns if values.good[name]]
+          nulls: float) -> list[list]:
+    """Random rows, each of which meets all, most or few conditions on its columns; some stand
+    twice, which shows a missing DISTINCT."""
     texts = [value for value in values.alone if isinstance(value, str)]
-    tops = [key_top if name in values.keys else rng.choice((0, 2, 9, 60, 60))
-            for name, _ in columns]
-    chosen = []
+    others, key_top = [], rng.choice((rows // 4, rows // 2, rows))
+    for name, is_number in columns:
+        top = key_top if name in values.keys else rng.choice((0, 2, 9, 60))
+        numbers = is_number or top > 9 or name in values.keys
+        others.append(range(1, top + 2) if numbers else _TEXTS[:top + 1])
+    made = []
     for _ in range(rows - rows // 4):
-        aim = rng.choice(("all", "all but one", "none"))
-        odd = rng.choice(compared) if compared and aim == "all but one" else None
-        row = []
-        for (name, is_number), top in zip(columns, tops, strict=True):
-            good, near = values.good[name], values.near[name]
-            if good and (aim != "none" and name != odd or rng.random() < 0.3):
-                row.append(rng.choice(good))
-            elif near and rng.random() < (0.9 if name == odd else 0.5):
-                row.append(rng.choice(near))
+        share, row = rng.choice((1, 0.8, 0.3)), []
+        for (name, _), pool in zip(columns, others, strict=True):
+            if rng.random() < nulls:
+                pool = (None,)
+            elif values.good[name] and rng.random() < share:
+                pool = values.good[name]
+            elif values.near[name] and rng.random() < 0.7:
+                pool = values.near[name]
             elif texts and rng.random() < 0.1:
-                row.append(rng.choice(texts))
-            elif is_number or top == 60 or name in values.keys:
-                row.append(rng.randint(0, top))
-            else:
-                row.append(rng.choice(_TEXTS[:top + 1]))
-        chosen.append(row)
-    return chosen + rng.choices(chosen, k=rows // 4)
+                pool = texts
+            row.append(rng.choice(pool))
+        made.append(row)
+    return made + rng.choices(made, k=rows // 4)

@@ -14,13 +14,19 @@ from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 Columns = dict[str, list[str]]  # a column's name in lower case -> the other columns of its tables
 
 _number, _text = exp.Literal.number, exp.Literal.string
-_PATTERN = str.maketrans("%_", "*?")
 _NOTHING = str.maketrans({"%": "", "*": "", "_": "q", "?": "q"})  # what a pattern can stand for
 _SOMETHING = str.maketrans({"%": "x", "*": "x", "_": "q", "?": "q"})
+
+
+def _like(text, pattern) -> bool:
+    """LIKE in Python; for GLOB it is near enough."""
+    glob = str(pattern).lower().replace("%", "*").replace("_", "?")
+    return fnmatchcase(str(text).lower(), glob)
+
+
 _COMPARISONS = {
     exp.EQ: eq, exp.Is: eq, exp.In: eq, exp.Between: eq, exp.NEQ: ne, exp.GT: gt, exp.GTE: ge,
-    exp.LT: lt, exp.LTE: le, exp.Glob: fnmatchcase,
-    exp.Like: lambda text, like: fnmatchcase(text.lower(), like.lower().translate(_PATTERN))}
+    exp.LT: lt, exp.LTE: le, exp.Like: _like, exp.Glob: _like}
 _AGGREGATES = (exp.Count, exp.Max, exp.Min, exp.Sum, exp.Avg)
 # A change that leaves a query as right as it was is rare among these ...
 _OPPOSITE = {exp.EQ: exp.NEQ, exp.NEQ: exp.EQ, exp.GT: exp.LT, exp.LT: exp.GT, exp.GTE: exp.LT,
@@ -75,13 +81,10 @@ def conditions(tree: exp.Expression) -> Iterator[tuple[set[str], object, list, l
         if isinstance(node.parent, exp.Neg) and isinstance(value, int | float):
             value = -value
         if not isinstance(place, tuple(_COMPARISONS)) or place.find(exp.Count):
-            yield set(), value, [], []
+            yield set(), value, [], []  # a number of rows, or beside no column
             continue
         compare = {"low": ge, "high": le}.get(node.arg_key, _COMPARISONS[type(place)])
-        if value is None:
-            compare = eq
-        elif isinstance(place, exp.Like | exp.Glob):
-            value = str(value)
+        compare = eq if value is None else compare
         negated = isinstance(place.parent, exp.Not) or bool(place.args.get("negate"))
         beside = _beside(value)
         good = [other for other in beside if compare(other, value) != negated]
@@ -127,9 +130,8 @@ def _beside(value) -> list:
     if not isinstance(value, str):
         return [value, value - 1, value + 1]
     plain, filled = value.translate(_NOTHING), value.translate(_SOMETHING)
-    numbers = [int(value) - 1, int(value) + 1] if value.isdecimal() and len(value) < 15 else []
-    return list(dict.fromkeys([value, plain, filled, *map(str, numbers), plain.swapcase(),
-                               plain[:-1], plain[1:], plain + "s", "x" + plain, f"x{plain}x"]))
+    return list(dict.fromkeys([value, plain, filled, plain.swapcase(), plain[:-1], plain[1:],
+                               plain + "s", "x" + plain, f"x{plain}x"]))
 
 
 def _sure(node: exp.Expression) -> Iterator[exp.Expression]:
@@ -158,8 +160,11 @@ def _unsure(node: exp.Expression, columns: Columns) -> Iterator[exp.Expression]:
             yield _changed(node, "this", exp.to_identifier(name, quoted=True))
     elif kind in _AGGREGATES:
         yield from (other(this=node.this.copy()) for other in _AGGREGATES)
-        if isinstance(node.this, exp.Column) and kind not in (exp.Max, exp.Min):
+        if isinstance(node.this, exp.Column) and kind in (exp.Count, exp.Avg):
             yield kind(this=exp.Distinct(expressions=[node.this.copy()]))
+            rows = exp.Count(this=exp.Star())  # counts empty cells too
+            mean = exp.Div(this=exp.Sum(this=node.this.copy()), expression=rows)
+            yield mean if kind is exp.Avg else rows
     elif kind is exp.Distinct and isinstance(node.parent, _AGGREGATES):
         yield node.expressions[0]
     elif kind in (exp.Like, exp.In, exp.Between):

@@ -192,12 +192,12 @@ def lower_case(tree):
 
 
 def other_aliases(tree):
-    names = {table.alias_or_name for table in tree.find_all(exp.Table)}
+    names = {table.alias_or_name.lower() for table in tree.find_all(exp.Table)}
     for table in list(tree.find_all(exp.Table)):
-        table.set("alias", exp.TableAlias(this=exp.to_identifier("z_" + table.alias_or_name)))
+        table.set("alias", exp.TableAlias(this=exp.to_identifier("z_" + table.alias_or_name.lower())))
     for node in tree.find_all(exp.Column):
-        if node.table in names:
-            node.set("table", exp.to_identifier("z_" + node.table))
+        if node.table.lower() in names:
+            node.set("table", exp.to_identifier("z_" + node.table.lower()))
     return tree.sql("sqlite")
 
 
