@@ -40,21 +40,19 @@ class Schema:
 @dataclass
 class Values:
     """What some queries compare columns with: values that meet a condition on a column (good), that
-    miss it closely (near), constants beside no column, columns compared with columns."""
+    miss it closely (near), whole numbers beside no column, columns compared with columns."""
 
     good: dict[str, list] = field(default_factory=lambda: defaultdict(list))
     near: dict[str, list] = field(default_factory=lambda: defaultdict(list))
-    alone: list = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
 
 
 @contextlib.contextmanager
 def limits(connection: sqlite3.Connection, seconds: float,
            allowed: frozenset[int] = READS) -> Iterator[None]:
-    """For a with block: a stranger's SQL can only read, for so many seconds of CPU time.
-
-    Raises sqlite3.Error for whatever is wrong, forbidden or too slow.
-    """
+    """For a with block: a stranger's SQL can only read (or do what is allowed), for so many seconds
+    of CPU time. Raises sqlite3.Error for whatever is wrong, forbidden or too slow."""
     forbidden = _FORBIDDEN if allowed is READS else _FORBIDDEN | _SLOW
 
     def authorise(action, first, second, database, trigger):
@@ -65,9 +63,8 @@ def limits(connection: sqlite3.Connection, seconds: float,
     deadline = time.thread_time() + seconds
     connection.set_authorizer(authorise)
     connection.set_progress_handler(lambda: time.thread_time() > deadline, 1000)
-    # The deadline is looked at between SQLite's operations. One operation on long texts (instr,
-    # LIKE) can take minutes, and a thousand rows of them a gigabyte: so no text beyond 50 kB, and
-    # no pattern beyond 200 characters.
+    # The deadline is looked at between SQLite's operations, and one on long texts (instr, LIKE)
+    # can take minutes, a thousand rows of them a gigabyte.
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200)
     try:
@@ -80,12 +77,8 @@ def limits(connection: sqlite3.Connection, seconds: float,
 
 
 def run_sql(connection: sqlite3.Connection, query: str, seconds: float = 1.0, max_rows: int = 1000):
-    """Run one query of a model: it can only read, for a limited time, and returns at most
-    `max_rows` rows.
-
-    Returns ``(column names, rows)``. Raises sqlite3.Error when the query is wrong, forbidden or too
-    slow.
-    """
+    """(column names, at most `max_rows` rows) of a model's query, which can only read. Raises
+    sqlite3.Error when it is wrong, forbidden or too slow."""
     with limits(connection, seconds):
         cursor = connection.execute(query)
         if cursor.description is None:
@@ -118,14 +111,11 @@ def values_of(schema: Schema, queries: list[str]) -> Values:
             for column in columns:
                 values.good[column] += good
                 values.near[column] += near
-            if not columns:
-                values.alone.append(value)
+            if not columns and isinstance(value, int):
+                values.counts.append(value)
         for equal in tree.find_all(exp.EQ):
             if isinstance(equal.left, exp.Column) and isinstance(equal.right, exp.Column):
-                pair = equal.left.name.lower(), equal.right.name.lower()
-                values.keys.update(pair)
-                shared = list(dict.fromkeys(values.good[pair[0]] + values.good[pair[1]]))
-                values.good.update(dict.fromkeys(pair, shared))
+                values.keys |= {equal.left.name.lower(), equal.right.name.lower()}
     return values
 
 
@@ -139,9 +129,8 @@ def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
     deadline = time.thread_time() + 1
     with limits(connection, 1, MAKES):
         for table, columns in schema.tables.items():
-            names = ", ".join(_quoted(name) for name, _ in columns)
-            marks = ", ".join("?" * len(columns))
-            insert = f"INSERT INTO {_quoted(table)} ({names}) VALUES ({marks})"
+            name = exp.to_identifier(table, quoted=True).sql("sqlite")
+            insert = f"INSERT INTO {name} VALUES ({', '.join('?' * len(columns))})"
             for row in _rows(rng, columns, values, rows, nulls):
                 if time.thread_time() > deadline:
                     raise sqlite3.OperationalError("its rows take too long to check")
@@ -152,12 +141,9 @@ def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
 
 def fill_databases(context: str, queries: list[str], seed: int = 0, databases: int = 6,
                    rows: int = 24) -> list[sqlite3.Connection]:
-    """Random in-memory databases with the context's tables, built to tell the queries apart.
-
-    Many rows meet all conditions of the queries, others miss some closely. Keys are drawn from a
-    small range, so that joins meet; every second database has empty cells. Foreign keys need not
-    hold. Raises sqlite3.Error when the context does more than make tables, views and indexes.
-    """
+    """Random in-memory databases with the context's tables, built to tell the queries apart. Every
+    second one has empty cells; foreign keys need not hold. Raises sqlite3.Error when the context
+    does more than make tables, views and indexes."""
     schema = read_schema(context)
     values = values_of(schema, queries)
     return [fill(schema, values, f"{seed}/{index}", rows, 0.1 * (index % 2))
@@ -174,15 +160,10 @@ def _make(context: str) -> sqlite3.Connection:
     return connection
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
 def _rows(rng: random.Random, columns: list[tuple[str, bool]], values: Values, rows: int,
           nulls: float) -> list[list]:
     """Random rows, each of which meets all, most or few conditions on its columns; some stand
     twice, which shows a missing DISTINCT."""
-    texts = [value for value in values.alone if isinstance(value, str)]
     others, key_top = [], rng.choice((rows // 4, rows // 2, rows))
     for name, is_number in columns:
         top = key_top if name in values.keys else rng.choice((0, 2, 9, 60))
@@ -198,8 +179,6 @@ def _rows(rng: random.Random, columns: list[tuple[str, bool]], values: Values, r
                 pool = values.good[name]
             elif values.near[name] and rng.random() < 0.7:
                 pool = values.near[name]
-            elif texts and rng.random() < 0.1:
-                pool = texts
             row.append(rng.choice(pool))
         made.append(row)
     return made + rng.choices(made, k=rows // 4)

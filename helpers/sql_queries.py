@@ -1,8 +1,8 @@
 """A query as sqlglot's tree: its spelling, the values that it compares columns with, its edits."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from operator import eq, ge, gt, le, lt, ne
 
@@ -14,19 +14,9 @@ from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 Columns = dict[str, list[str]]  # a column's name in lower case -> the other columns of its tables
 
 _number, _text = exp.Literal.number, exp.Literal.string
-_NOTHING = str.maketrans({"%": "", "*": "", "_": "q", "?": "q"})  # what a pattern can stand for
-_SOMETHING = str.maketrans({"%": "x", "*": "x", "_": "q", "?": "q"})
-
-
-def _like(text, pattern) -> bool:
-    """LIKE in Python; for GLOB it is near enough."""
-    glob = str(pattern).lower().replace("%", "*").replace("_", "?")
-    return fnmatchcase(str(text).lower(), glob)
-
-
 _COMPARISONS = {
     exp.EQ: eq, exp.Is: eq, exp.In: eq, exp.Between: eq, exp.NEQ: ne, exp.GT: gt, exp.GTE: ge,
-    exp.LT: lt, exp.LTE: le, exp.Like: _like, exp.Glob: _like}
+    exp.LT: lt, exp.LTE: le, exp.Like: eq, exp.Glob: eq}
 _AGGREGATES = (exp.Count, exp.Max, exp.Min, exp.Sum, exp.Avg)
 # A change that leaves a query as right as it was is rare among these ...
 _OPPOSITE = {exp.EQ: exp.NEQ, exp.NEQ: exp.EQ, exp.GT: exp.LT, exp.LT: exp.GT, exp.GTE: exp.LT,
@@ -36,7 +26,8 @@ _OTHERS = {
     exp.EQ: (exp.GTE, exp.LTE), exp.GT: (exp.GTE,), exp.GTE: (exp.GT,), exp.LT: (exp.LTE,),
     exp.LTE: (exp.LT,), exp.And: (exp.Or,), exp.Or: (exp.And,), exp.Add: (exp.Sub,),
     exp.Sub: (exp.Add,), exp.Mul: (exp.Div,), exp.Div: (exp.Mul,), exp.Union: (exp.Intersect,),
-    exp.Intersect: (exp.Union, exp.Except), exp.Except: (exp.Union, exp.Intersect)}
+    exp.Intersect: (exp.Union, exp.Except), exp.Except: (exp.Union, exp.Intersect),
+    exp.Glob: (exp.Like,)}
 
 # That a model's text is no query is a score, not a warning.
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
@@ -83,12 +74,14 @@ def conditions(tree: exp.Expression) -> Iterator[tuple[set[str], object, list, l
         if not isinstance(place, tuple(_COMPARISONS)) or place.find(exp.Count):
             yield set(), value, [], []  # a number of rows, or beside no column
             continue
-        compare = {"low": ge, "high": le}.get(node.arg_key, _COMPARISONS[type(place)])
-        compare = eq if value is None else compare
+        compare = eq if value is None else _COMPARISONS[type(place)]
         negated = isinstance(place.parent, exp.Not) or bool(place.args.get("negate"))
         beside = _beside(value)
-        good = [other for other in beside if compare(other, value) != negated]
-        near = [other for other in beside if other not in good]
+        met = [other for other in beside if compare(other, value)]
+        if isinstance(place, exp.Like | exp.Glob):
+            met = beside[1:3]
+        good = [other for other in beside if (other in met) != negated]
+        near = [other for other in beside if (other in met) == negated]
         yield {column.name.lower() for column in place.find_all(exp.Column)}, value, good, near
 
 
@@ -124,14 +117,15 @@ def _value(node: exp.Expression) -> object:
 
 
 def _beside(value) -> list:
-    """A constant and what differs little from it."""
+    """A constant and what differs little from it; a text is followed by two that it stands for as a
+    pattern."""
     if value is None:
         return [None, "", 0]
     if not isinstance(value, str):
         return [value, value - 1, value + 1]
-    plain, filled = value.translate(_NOTHING), value.translate(_SOMETHING)
-    return list(dict.fromkeys([value, plain, filled, plain.swapcase(), plain[:-1], plain[1:],
-                               plain + "s", "x" + plain, f"x{plain}x"]))
+    plain, filled = (re.sub("[%*]", other, re.sub("[_?]", "q", value)) for other in ("", "x"))
+    return [value, plain, filled, plain.swapcase(), plain[:-1], plain[1:], plain + "s",
+            "x" + plain, f"x{plain}x"]
 
 
 def _sure(node: exp.Expression) -> Iterator[exp.Expression]:
@@ -162,13 +156,10 @@ def _unsure(node: exp.Expression, columns: Columns) -> Iterator[exp.Expression]:
         yield from (other(this=node.this.copy()) for other in _AGGREGATES)
         if isinstance(node.this, exp.Column) and kind in (exp.Count, exp.Avg):
             yield kind(this=exp.Distinct(expressions=[node.this.copy()]))
-            rows = exp.Count(this=exp.Star())  # counts empty cells too
-            mean = exp.Div(this=exp.Sum(this=node.this.copy()), expression=rows)
-            yield mean if kind is exp.Avg else rows
+            rows, total = exp.Count(this=exp.Star()), exp.Sum(this=node.this.copy())
+            yield rows if kind is exp.Count else exp.Div(this=total, expression=rows)
     elif kind is exp.Distinct and isinstance(node.parent, _AGGREGATES):
         yield node.expressions[0]
-    elif kind in (exp.Like, exp.In, exp.Between):
-        yield exp.Not(this=node.copy())
     elif kind is exp.Is:
         yield exp.EQ(this=node.this.copy(), expression=_text(""))
     elif kind is exp.Ordered:

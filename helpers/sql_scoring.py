@@ -33,12 +33,10 @@ def sql_execution(answer: str, reference: str, context: str,
                   seed: int = 0) -> tuple[bool | None, bool]:
     """Whether two queries return the same on every test database.
 
-    Results are compared as multisets of rows, and in order when the reference as a whole orders its
-    rows; numbers are equal as numbers, and column names don't count.
-    Returns ``(same, valid)``. same is None, whatever the answer, when the databases cannot tell the
-    reference from another query: it returns nothing on them, or a single edit of it returns the
-    same everywhere. valid: the answer ran on all databases. Raises sqlite3.Error when the reference
-    itself does not run.
+    Results are compared as multisets of rows, or in order when the reference as a whole orders its
+    rows; column names don't count. Returns ``(same, valid)``. same is None, whatever the answer,
+    when the databases cannot tell the reference from its single edits. valid: the answer ran on all
+    databases. Raises sqlite3.Error when the reference itself does not run.
     """
     indices, ordered, decidable = _choose(reference, context, seed)
     schema = read_schema(context)
@@ -95,8 +93,8 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
 
 def _database(schema: Schema, values: Values, seed: int, index: int) -> sqlite3.Connection:
     fewest, per_count, nulls = _SHAPES[index % len(_SHAPES)]
-    counts = [number for number in values.alone if isinstance(number, int) and number <= 100]
-    rows = max(fewest, int(per_count * max(counts, default=0)) + index % 2)
+    count = max((number for number in values.counts if number <= 100), default=0)
+    rows = max(fewest, int(per_count * count) + index % 2)
     return fill(schema, values, f"{seed}/{index}", rows, nulls)
 
 
