@@ -39,7 +39,7 @@ class Schema:
 
 @dataclass
 class Values:
-    """What some queries compare columns with: values that meet a condition on a column (good), that
+    """What some queries compare columns with: values that meet a condition on a column (good) or
     miss it closely (near), whole numbers beside no column, columns compared with columns."""
 
     good: dict[str, list] = field(default_factory=lambda: defaultdict(list))
@@ -102,8 +102,7 @@ def read_schema(context: str) -> Schema:
 
 
 def values_of(schema: Schema, queries: list[str]) -> Values:
-    """What queries, and CHECKs of the schema, compare columns with. Columns of one name in several
-    tables count as one."""
+    """What queries and CHECKs compare columns with; columns of one name count as one."""
     values, names = Values(), frozenset(schema.columns)
     checks = [schema.context] if "check" in schema.context.lower() else []
     for tree in (tree for text in queries + checks for tree in parse(text, names)):
@@ -121,9 +120,8 @@ def values_of(schema: Schema, queries: list[str]) -> Values:
 
 def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
          nulls: float = 0.0) -> sqlite3.Connection:
-    """A database with the schema's tables and at most `rows` random rows in each; a row that a
-    constraint refuses is left out. nulls: the share of empty cells. Raises sqlite3.Error when the
-    constraints take more than a second."""
+    """A database with at most `rows` random rows in each table, less those that a constraint
+    refuses. nulls: the share of empty cells. Raises sqlite3.Error beyond a second of CPU time."""
     rng = random.Random(seed)
     connection = _make(schema.context)
     deadline = time.thread_time() + 1
@@ -151,8 +149,8 @@ def fill_databases(context: str, queries: list[str], seed: int = 0, databases: i
 
 
 def _make(context: str) -> sqlite3.Connection:
-    """Run a row's context, which may come from anywhere: it can make tables, views and indexes in
-    this database, of at most 8 MB, and do nothing else."""
+    """Run a row's context, which may come from anywhere: it can make tables, views and indexes, of
+    at most 8 MB, and do nothing else."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.execute("PRAGMA max_page_count = 2000")
     with limits(connection, 1, MAKES):
@@ -162,8 +160,7 @@ def _make(context: str) -> sqlite3.Connection:
 
 def _rows(rng: random.Random, columns: list[tuple[str, bool]], values: Values, rows: int,
           nulls: float) -> list[list]:
-    """Random rows, each of which meets all, most or few conditions on its columns; some stand
-    twice, which shows a missing DISTINCT."""
+    """Random rows that meet all, most or few conditions; some twice, for a missing DISTINCT."""
     others, key_top = [], rng.choice((rows // 4, rows // 2, rows))
     for name, is_number in columns:
         top = key_top if name in values.keys else rng.choice((0, 2, 9, 60))

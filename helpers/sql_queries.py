@@ -18,10 +18,9 @@ _COMPARISONS = {
     exp.EQ: eq, exp.Is: eq, exp.In: eq, exp.Between: eq, exp.NEQ: ne, exp.GT: gt, exp.GTE: ge,
     exp.LT: lt, exp.LTE: le, exp.Like: eq, exp.Glob: eq}
 _AGGREGATES = (exp.Count, exp.Max, exp.Min, exp.Sum, exp.Avg)
-# A change that leaves a query as right as it was is rare among these ...
+# A change that leaves a query as right as it was is rare among these, less rare among the others.
 _OPPOSITE = {exp.EQ: exp.NEQ, exp.NEQ: exp.EQ, exp.GT: exp.LT, exp.LT: exp.GT, exp.GTE: exp.LT,
              exp.LTE: exp.GT}
-# ... and less rare among these.
 _OTHERS = {
     exp.EQ: (exp.GTE, exp.LTE), exp.GT: (exp.GTE,), exp.GTE: (exp.GT,), exp.LT: (exp.LTE,),
     exp.LTE: (exp.LT,), exp.And: (exp.Or,), exp.Or: (exp.And,), exp.Add: (exp.Sub,),
@@ -36,7 +35,6 @@ logging.getLogger("sqlglot").setLevel(logging.ERROR)
 @lru_cache(maxsize=64)  # a row's queries are looked at several times
 def parse(text: str, columns: frozenset[str] = frozenset()) -> tuple[exp.Expression, ...]:
     """The trees of a text's statements, for all callers: change a copy. () if it does not parse.
-
     columns: those of the tables; if given, another name in double quotes is a text, as for SQLite.
     """
     try:
@@ -55,8 +53,7 @@ def parse(text: str, columns: frozenset[str] = frozenset()) -> tuple[exp.Express
 def normalise_sql(query: str, columns: Iterable[str] = ()) -> str | None:
     """The query in one spelling (case of keywords and names, spacing, quotes), or None when it is
     not one statement that parses. columns: see parse()."""
-    trees = parse(query, frozenset(columns))
-    if len(trees) != 1:
+    if len(trees := parse(query, frozenset(columns))) != 1:
         return None
     tree = trees[0].copy()
     for identifier in tree.find_all(exp.Identifier):
@@ -77,20 +74,17 @@ def conditions(tree: exp.Expression) -> Iterator[tuple[set[str], object, list, l
         compare = eq if value is None else _COMPARISONS[type(place)]
         negated = isinstance(place.parent, exp.Not) or bool(place.args.get("negate"))
         beside = _beside(value)
-        met = [other for other in beside if compare(other, value)]
-        if isinstance(place, exp.Like | exp.Glob):
-            met = beside[1:3]
+        pattern = isinstance(place, exp.Like | exp.Glob)
+        met = beside[1:3] if pattern else [one for one in beside if compare(one, value)]
         good = [other for other in beside if (other in met) != negated]
         near = [other for other in beside if (other in met) == negated]
         yield {column.name.lower() for column in place.find_all(exp.Column)}, value, good, near
 
 
 def edits(tree: exp.Expression, columns: Columns) -> dict[str, bool]:
-    """The query with one thing changed, for each thing: a constant, a column, an operator, a
-    condition, DISTINCT, an aggregate, the order, the limit, a join.
-
-    Some of them do not run. Returns {edit: whether a change of meaning is all but certain}.
-    """
+    """The query with one thing changed: a constant, a column, an operator, a condition, DISTINCT,
+    an aggregate, the order, the limit, a join; some do not run. Returns {edit: whether it means
+    something else all but certainly}."""
     root, gap = exp.Paren(this=tree.copy()), exp.var("\0")  # no query has that character
     write = sqlglot.Dialect.get_or_raise("sqlite").generator().generate
     found: dict[str, bool] = {}
@@ -117,8 +111,7 @@ def _value(node: exp.Expression) -> object:
 
 
 def _beside(value) -> list:
-    """A constant and what differs little from it; a text is followed by two that it stands for as a
-    pattern."""
+    """A constant and what differs little; after a text stand two that it matches as a pattern."""
     if value is None:
         return [None, "", 0]
     if not isinstance(value, str):
@@ -134,9 +127,8 @@ def _sure(node: exp.Expression) -> Iterator[exp.Expression]:
         yield _text(node.this + "s") if node.is_string else _number(_value(node) + 1)
     if type(node) in _OPPOSITE:
         yield _OPPOSITE[type(node)](**node.copy().args)
-    is_condition = node.arg_key == "on" or isinstance(
-        node.parent, exp.Where | exp.Having | exp.And | exp.Or)
-    if is_condition and not isinstance(node, exp.Literal | exp.Boolean):
+    conditional = isinstance(node.parent, exp.Where | exp.Having | exp.And | exp.Or)
+    if (conditional or node.arg_key == "on") and not isinstance(node, exp.Literal | exp.Boolean):
         yield from (_number(1), _number(0))
 
 
@@ -145,8 +137,7 @@ def _unsure(node: exp.Expression, columns: Columns) -> Iterator[exp.Expression]:
     kind = type(node)
     if kind is exp.Literal and node.is_string:
         text = node.this
-        for other in (text.swapcase(), text[:-1], text.lstrip("%"), text.rstrip("%")):
-            yield _text(other)
+        yield from map(_text, (text.swapcase(), text[:-1], text.lstrip("%"), text.rstrip("%")))
     elif kind is exp.Literal:
         yield from (_number(_value(node) - 1), _number(_value(node) + 1))
     elif kind is exp.Column:
@@ -174,14 +165,11 @@ def _unsure(node: exp.Expression, columns: Columns) -> Iterator[exp.Expression]:
 def _other_clauses(query: exp.Query) -> Iterator[exp.Query]:
     """DISTINCT more or less, no order, a sort key less, no limit, a join of another kind."""
     distinct, order, joins = (query.args.get(key) for key in ("distinct", "order", "joins"))
-    settings = [(key, None) for key in ("order", "limit") if query.args.get(key)]
+    is_whole = isinstance(query.parent, exp.Paren) and not query.find(exp.Group, exp.AggFunc)
+    other = exp.Distinct() if is_whole and not distinct else None
     if isinstance(query, exp.Union):
-        settings.append(("distinct", not distinct))
-    elif distinct:
-        settings.append(("distinct", None))
-    elif isinstance(query.parent, exp.Paren) and not query.find(exp.Group, exp.AggFunc):
-        settings.append(("distinct", exp.Distinct()))
-    for key, value in settings:
+        other = not distinct
+    for key, value in (("distinct", other), ("order", None), ("limit", None)):
         yield _changed(query, key, value)
     for i in range(len(order.expressions) if order else 0):
         yield _changed(query, "order", _changed(order, "expressions", None, i))

@@ -1,7 +1,6 @@
 """SQL answers: exact match after normalisation, and execution on databases that tell queries apart.
 
-The databases of a row are chosen by mutation: its reference is changed in one place, in every way
-that helpers.sql_queries knows, and databases are added until each change shows in a result.
+Databases are added until each edit of a row's reference (helpers.sql_queries) shows in a result.
 """
 
 import contextlib
@@ -68,15 +67,14 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
     """(numbers of the databases that tell a reference from its single edits, whether the order of
     its rows counts, whether all edits are told).
 
-    An edit that no database shows may mean the same, as LEFT JOIN before a WHERE does. It makes the
-    reference undecidable if it is of a kind that all but certainly means something else, and so
-    does that sqlglot cannot parse the reference: then nothing is known of its edits.
+    An edit that no database shows may mean the same, as LEFT JOIN before a WHERE does: only one
+    that all but certainly does not makes it undecidable, and that sqlglot cannot parse it.
     """
     schema = read_schema(context)
     values, trees = values_of(schema, [reference]), parse(reference, frozenset(schema.columns))
     ordered = bool(trees and trees[0].args.get("order"))
-    found = edits(trees[0], schema.columns) if trees else {reference: True}
-    alive = {"SELECT 1 WHERE 0": True, **found}
+    alive = edits(trees[0], schema.columns) if trees else {reference: True}
+    alive["SELECT 1 WHERE 0"] = True
     chosen, deadline = [], time.monotonic() + 10
     for index in range(_MOST):
         with contextlib.closing(_database(schema, values, seed, index)) as connection:
