@@ -28,15 +28,13 @@ _OTHERS = {
     exp.Intersect: (exp.Union, exp.Except), exp.Except: (exp.Union, exp.Intersect),
     exp.Glob: (exp.Like,)}
 
-# That a model's text is no query is a score, not a warning.
-logging.getLogger("sqlglot").setLevel(logging.ERROR)
+logging.getLogger("sqlglot").setLevel(logging.ERROR)  # no query: a score, not a warning
 
 
 @lru_cache(maxsize=64)  # a row's queries are looked at several times
 def parse(text: str, columns: frozenset[str] = frozenset()) -> tuple[exp.Expression, ...]:
     """The trees of a text's statements, for all callers: change a copy. () if it does not parse.
-    columns: those of the tables; if given, another name in double quotes is a text, as for SQLite.
-    """
+    columns: those of the tables; another name in double quotes is a text then, as for SQLite."""
     try:
         trees = tuple(tree for tree in sqlglot.parse(text, dialect="sqlite") if tree)
     except (SqlglotError, RecursionError, ValueError):

@@ -1,7 +1,4 @@
-"""SQL answers: exact match after normalisation, and execution on databases that tell queries apart.
-
-Databases are added until each edit of a row's reference (helpers.sql_queries) shows in a result.
-"""
+"""SQL answers: exact match, and execution on databases that tell a reference from its edits."""
 
 import contextlib
 import sqlite3
@@ -68,8 +65,7 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
     its rows counts, whether all edits are told).
 
     An edit that no database shows may mean the same, as LEFT JOIN before a WHERE does: only one
-    that all but certainly does not makes it undecidable, and that sqlglot cannot parse it.
-    """
+    that all but certainly does not makes it undecidable, and that sqlglot cannot parse it."""
     schema = read_schema(context)
     values, trees = values_of(schema, [reference]), parse(reference, frozenset(schema.columns))
     ordered = bool(trees and trees[0].args.get("order"))
