@@ -226,6 +226,7 @@ def test_wrong_queries_are_noticed():
     found = sql_mutants.judge(practice_rows("sql", "validation", 60), most=6)
     assert found["mutants"] > 250 and found["undecidable"] <= 1, found
     assert found["share of the wrong that is accepted"] < 0.02, found["survivors"]
+    assert found["right"] > 100 and not found["rejected"], found["rejected"]
 
 
 def test_a_models_sql_can_only_read_for_a_limited_time():
