@@ -5,7 +5,9 @@ from helpers.comparing import (CHAT, chat_answer, chat_prompts, check_parameters
 from helpers.generation import generate
 from helpers.scoring import (Estimate, bootstrap, chrf, difference, estimate, evaluate, exact,
                              rouge_l, score, summarise, undecidable, wilson)
-from helpers.sql_scoring import fill_databases, normalise_sql, run_sql, sql_exact, sql_execution
+from helpers.sql_databases import fill_databases, run_sql
+from helpers.sql_queries import normalise_sql
+from helpers.sql_scoring import sql_exact, sql_execution
 
 __all__ = ["CHAT", "Estimate", "bootstrap", "chat_answer", "chat_prompts", "check_parameters",
            "chrf", "compare", "difference", "estimate", "evaluate", "exact", "fill_databases",

@@ -4,11 +4,14 @@ import contextlib
 import random
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from helpers.sql_text import Columns, Word, conditions, read, tables_of
+from sqlglot import exp
+
+from helpers.sql_queries import Columns, conditions, parse
 
 READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
                    sqlite3.SQLITE_RECURSIVE})
@@ -34,28 +37,22 @@ class Schema:
     columns: Columns
 
 
-Place = tuple[str, str]  # (table, column) in lower case
-
-
 @dataclass
 class Values:
-    """What some queries compare columns with: values that meet a condition on a column (good), that
-    miss it closely (near), texts and numbers beside no column, columns compared with columns."""
+    """What some queries compare columns with: values that meet a condition on a column (good) or
+    miss it closely (near), whole numbers beside no column, columns compared with columns."""
 
-    good: dict[Place, list] = field(default_factory=dict)
-    near: dict[Place, list] = field(default_factory=dict)
-    texts: list[str] = field(default_factory=list)
-    numbers: list[float] = field(default_factory=list)
-    keys: set[Place] = field(default_factory=set)
+    good: dict[str, list] = field(default_factory=lambda: defaultdict(list))
+    near: dict[str, list] = field(default_factory=lambda: defaultdict(list))
+    counts: list[int] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
 
 
 @contextlib.contextmanager
 def limits(connection: sqlite3.Connection, seconds: float,
            allowed: frozenset[int] = READS) -> Iterator[None]:
-    """For a with block: a stranger's SQL can only read, for so many seconds.
-
-    Raises sqlite3.Error for whatever is wrong, forbidden or too slow.
-    """
+    """For a with block: a stranger's SQL can only read (or do what is allowed), for so many seconds
+    of CPU time. Raises sqlite3.Error for whatever is wrong, forbidden or too slow."""
     forbidden = _FORBIDDEN if allowed is READS else _FORBIDDEN | _SLOW
 
     def authorise(action, first, second, database, trigger):
@@ -63,12 +60,11 @@ def limits(connection: sqlite3.Connection, seconds: float,
             return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
-    deadline = time.monotonic() + seconds
+    deadline = time.thread_time() + seconds
     connection.set_authorizer(authorise)
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)
-    # The deadline is looked at between SQLite's operations. One operation on long texts (instr,
-    # LIKE) can take minutes, and a thousand rows of them a gigabyte: so no text beyond 50 kB, and
-    # no pattern beyond 200 characters.
+    connection.set_progress_handler(lambda: time.thread_time() > deadline, 1000)
+    # The deadline is looked at between SQLite's operations, and one on long texts (instr, LIKE)
+    # can take minutes, a thousand rows of them a gigabyte.
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200)
     try:
@@ -81,12 +77,8 @@ def limits(connection: sqlite3.Connection, seconds: float,
 
 
 def run_sql(connection: sqlite3.Connection, query: str, seconds: float = 1.0, max_rows: int = 1000):
-    """Run one query of a model: it can only read, for a limited time, and returns at most
-    `max_rows` rows.
-
-    Returns ``(column names, rows)``. Raises sqlite3.Error when the query is wrong, forbidden or too
-    slow.
-    """
+    """(column names, at most `max_rows` rows) of a model's query, which can only read. Raises
+    sqlite3.Error when it is wrong, forbidden or too slow."""
     with limits(connection, seconds):
         cursor = connection.execute(query)
         if cursor.description is None:
@@ -110,57 +102,36 @@ def read_schema(context: str) -> Schema:
 
 
 def values_of(schema: Schema, queries: list[str]) -> Values:
-    """What queries, and CHECKs of the schema, compare its columns with."""
-    values = Values()
+    """What queries and CHECKs compare columns with; columns of one name count as one."""
+    values, names = Values(), frozenset(schema.columns)
     checks = [schema.context] if "check" in schema.context.lower() else []
-    for query in queries + checks:
-        words = read(query, schema.columns)
-        aliases = tables_of(words)
-        for column, operator, value in conditions(words):
-            good, near = _good_and_near(operator, value)
-            if column is None and value is not None:
-                (values.texts if isinstance(value, str) else values.numbers).append(value)
-            for place in _places(schema, aliases, column):
-                values.good.setdefault(place, []).extend(good)
-                values.near.setdefault(place, []).extend(near)
-        for left, middle, right in zip(words, words[1:], words[2:], strict=False):
-            if (left.kind, right.kind) == ("column", "column") and middle.kind == "=":
-                places = _places(schema, aliases, left) + _places(schema, aliases, right)
-                shared = [value for place in places for value in values.good.get(place, [])]
-                values.good.update(dict.fromkeys(places, list(dict.fromkeys(shared))))
-                values.keys.update(places)
+    for tree in (tree for text in queries + checks for tree in parse(text, names)):
+        for columns, value, good, near in conditions(tree):
+            for column in columns:
+                values.good[column] += good
+                values.near[column] += near
+            if not columns and isinstance(value, int):
+                values.counts.append(value)
+        for equal in tree.find_all(exp.EQ):
+            if isinstance(equal.left, exp.Column) and isinstance(equal.right, exp.Column):
+                values.keys |= {equal.left.name.lower(), equal.right.name.lower()}
     return values
-
-
-def _places(schema: Schema, aliases: dict[str, set[str]], column: Word | None) -> list[Place]:
-    """The columns that a word may stand for: of its table, or of all tables that have one."""
-    places = []
-    for table, columns in schema.tables.items():
-        named = not (column and column.table) or table.lower() in aliases.get(column.table, ())
-        if column and named and column.value in (name for name, _ in columns):
-            places.append((table.lower(), column.value))
-    return places
 
 
 def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
          nulls: float = 0.0) -> sqlite3.Connection:
-    """A database with the schema's tables and at most `rows` random rows in each; a row that a
-    constraint refuses is left out. nulls: the share of empty cells. Raises sqlite3.Error when the
-    constraints take more than a second."""
+    """A database with at most `rows` random rows in each table, less those that a constraint
+    refuses. nulls: the share of empty cells. Raises sqlite3.Error beyond a second of CPU time."""
     rng = random.Random(seed)
     connection = _make(schema.context)
-    deadline = time.monotonic() + 1
-    key_top = rng.choice((rows // 4, rows // 2, rows))
+    deadline = time.thread_time() + 1
     with limits(connection, 1, MAKES):
         for table, columns in schema.tables.items():
-            chosen = _rows(rng, table.lower(), columns, values, rows, key_top)
-            names = ", ".join(_quoted(name) for name, _ in columns)
-            marks = ", ".join("?" * len(columns))
-            insert = f"INSERT INTO {_quoted(table)} ({names}) VALUES ({marks})"
-            for row in chosen:
-                if time.monotonic() > deadline:
+            name = exp.to_identifier(table, quoted=True).sql("sqlite")
+            insert = f"INSERT INTO {name} VALUES ({', '.join('?' * len(columns))})"
+            for row in _rows(rng, columns, values, rows, nulls):
+                if time.thread_time() > deadline:
                     raise sqlite3.OperationalError("its rows take too long to check")
-                row = [None if nulls and rng.random() < nulls else value for value in row]
                 with contextlib.suppress(sqlite3.Error, ValueError):  # half a surrogate pair
                     connection.execute(insert, row)
     return connection
@@ -168,14 +139,9 @@ def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
 
 def fill_databases(context: str, queries: list[str], seed: int = 0, databases: int = 6,
                    rows: int = 24) -> list[sqlite3.Connection]:
-    """Random in-memory databases with the context's tables, built to tell the queries apart.
-
-    A column that a query compares with a value holds values that meet the condition and values that
-    just miss it; most rows meet all conditions, or all but one. Keys are drawn from a small range,
-    so that joins meet; some rows stand twice; every second database has empty cells. Foreign keys
-    need not hold.
-    Raises sqlite3.Error when the context does more than make tables, views and indexes.
-    """
+    """Random in-memory databases with the context's tables, built to tell the queries apart. Every
+    second one has empty cells; foreign keys need not hold. Raises sqlite3.Error when the context
+    does more than make tables, views and indexes."""
     schema = read_schema(context)
     values = values_of(schema, queries)
     return [fill(schema, values, f"{seed}/{index}", rows, 0.1 * (index % 2))
@@ -183,71 +149,33 @@ def fill_databases(context: str, queries: list[str], seed: int = 0, databases: i
 
 
 def _make(context: str) -> sqlite3.Connection:
-    """Run a row's context, which may come from anywhere: it can make tables, views and indexes in
-    this database, of at most 8 MB, and do nothing else."""
+    """Run a row's context, which may come from anywhere: it can make tables, views and indexes, of
+    at most 8 MB, and do nothing else."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.execute("PRAGMA max_page_count = 2000")
-    try:
-        with limits(connection, 1, MAKES):
-            connection.executescript(context)
-    except sqlite3.Error:
-        connection.close()
-        raise
+    with limits(connection, 1, MAKES):
+        connection.executescript(context)
     return connection
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _rows(rng: random.Random, table: str, columns: list[tuple[str, bool]], values: Values,
-          rows: int, key_top: int) -> list[list]:
-    """Random rows: some meet all conditions on their columns, some all but one, some are as may be;
-    some stand twice, which shows a missing DISTINCT."""
-    compared = [name for name, _ in columns if values.good.get((table, name))]
-    tops = [key_top if (table, name) in values.keys else rng.choice((0, 2, 9, 60, 60))
-            for name, _ in columns]
-    chosen = []
+def _rows(rng: random.Random, columns: list[tuple[str, bool]], values: Values, rows: int,
+          nulls: float) -> list[list]:
+    """Random rows that meet all, most or few conditions; some twice, for a missing DISTINCT."""
+    others, key_top = [], rng.choice((rows // 4, rows // 2, rows))
+    for name, is_number in columns:
+        top = key_top if name in values.keys else rng.choice((0, 2, 9, 60))
+        numbers = is_number or top > 9 or name in values.keys
+        others.append(range(1, top + 2) if numbers else _TEXTS[:top + 1])
+    made = []
     for _ in range(rows - rows // 4):
-        aim = rng.choice(("all", "all but one", "none"))
-        odd = rng.choice(compared) if compared and aim == "all but one" else None
-        row = []
-        for (name, is_number), top in zip(columns, tops, strict=True):
-            good, near = values.good.get((table, name)), values.near.get((table, name))
-            if good and (aim != "none" and name != odd or rng.random() < 0.3):
-                row.append(rng.choice(good))
-            elif near and rng.random() < (0.9 if name == odd else 0.5):
-                row.append(rng.choice(near))
-            elif values.texts and rng.random() < 0.1:
-                row.append(rng.choice(values.texts))
-            elif is_number or top == 60 or (table, name) in values.keys:
-                row.append(rng.randint(0, top))
-            else:
-                row.append(rng.choice(_TEXTS[:top + 1]))
-        chosen.append(row)
-    return chosen + rng.choices(chosen, k=rows // 4)
-
-
-def _good_and_near(operator: str, value) -> tuple[list, list]:
-    """(values that meet a condition, values that just miss it)."""
-    if value is None:
-        return ([None], ["", 0]) if operator == "=" else ([], [None])
-    if isinstance(value, str) and operator in ("LIKE", "GLOB"):
-        plain = value.translate(str.maketrans({"%": "", "*": "", "_": "q", "?": "q"}))
-        filled = value.translate(str.maketrans({"%": "x", "*": "x", "_": "q", "?": "q"}))
-        return [plain, filled], [plain.swapcase(), "x" + plain, plain + "x", "x" + plain + "x",
-                                 plain[:-1], plain[1:], value]
-    less, more = _beside(value)
-    other = [value.swapcase()] if isinstance(value, str) else []
-    return {"<>": (less + more, [value]), ">": (more, [value, *less]),
-            ">=": ([value, *more], less), "<": (less, [value, *more]),
-            "<=": ([value, *less], more)}.get(operator, ([value], less + more + other))
-
-
-def _beside(value) -> tuple[list, list]:
-    """(smaller values, greater values), all near."""
-    if not isinstance(value, str):
-        return [value - 1], [value + 1]
-    if value.isdecimal() and len(value) < 15:
-        return [str(int(value) - 1), value[:-1]], [str(int(value) + 1), value + "s"]
-    return [value[:-1]], [value + "s"]
+        share, row = rng.choice((1, 0.8, 0.3)), []
+        for (name, _), pool in zip(columns, others, strict=True):
+            if rng.random() < nulls:
+                pool = (None,)
+            elif values.good[name] and rng.random() < share:
+                pool = values.good[name]
+            elif values.near[name] and rng.random() < 0.7:
+                pool = values.near[name]
+            row.append(rng.choice(pool))
+        made.append(row)
+    return made + rng.choices(made, k=rows // 4)

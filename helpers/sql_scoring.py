@@ -1,26 +1,13 @@
-"""SQL answers: exact match after normalisation, and execution on databases that tell queries apart.
-
-The databases of a row are chosen by mutation: its reference is changed in one place, in every way
-that helpers.sql_text knows, and databases are added until each change shows in a result.
-"""
+"""SQL answers: exact match, and execution on databases that tell a reference from its edits."""
 
 import contextlib
-import logging
-import math
 import sqlite3
 import time
 from collections import Counter
 from functools import lru_cache
 
-import sqlglot
-from sqlglot import exp
-from sqlglot.errors import SqlglotError
-from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
-
-from helpers.sql_databases import fill, fill_databases, limits, read_schema, run_sql, values_of
-from helpers.sql_text import Columns, edits, is_ordered, read
-
-__all__ = ["fill_databases", "normalise_sql", "run_sql", "same_rows", "sql_exact", "sql_execution"]
+from helpers.sql_databases import Schema, Values, fill, limits, read_schema, run_sql, values_of
+from helpers.sql_queries import edits, normalise_sql, parse
 
 MOST_ROWS = 5000  # of a result that is compared
 # Of a database: rows, rows per number that the reference counts to, share of empty cells; in turn.
@@ -28,35 +15,12 @@ _SHAPES = ((24, 1.3, 0.0), (9, 2, 0.1), (16, 1, 0.0), (4, 1, 0.0), (24, 3, 0.1),
            (16, 2, 0.3), (4, 0, 0.0))
 # Databases for a reference: at least; while an edit lives; while one lives that must not.
 _FEWEST, _MORE, _MOST = 3, 12, 32
-_STEPS = 30  # thousands of SQLite's operations that an edit may take
-
-# That a model's text is no query is a score, not a warning.
-logging.getLogger("sqlglot").setLevel(logging.ERROR)
-
-
-def normalise_sql(query: str, columns: Columns | None = None) -> str | None:
-    """The query in one spelling (case of keywords and names, spacing, quotes), or None when it does
-    not parse.
-
-    columns: those of the tables; if given, another name in double quotes is a text, as for SQLite.
-    """
-    try:
-        tree = sqlglot.parse_one(query, dialect="sqlite")
-        known = {*(columns or ()), *(alias.alias.lower() for alias in tree.find_all(exp.Alias))}
-        for identifier in list(tree.find_all(exp.Identifier)):
-            column = identifier.parent
-            if columns and identifier.quoted and identifier.name.lower() not in known:
-                if isinstance(column, exp.Column) and not column.table:
-                    column.replace(exp.Literal.string(identifier.name))
-            identifier.set("quoted", False)  # "name" and name are the same column
-        return normalize_identifiers(tree, dialect="sqlite").sql(dialect="sqlite", comments=False)
-    except (SqlglotError, RecursionError, ValueError):
-        return None
+_STEPS = 30_000  # of SQLite, that an edit may take: unlike time, the same on every machine
 
 
 def sql_exact(answer: str, reference: str, context: str = "") -> bool:
     """Whether two queries are the same after normalisation."""
-    columns = read_schema(context).columns if context else None
+    columns = read_schema(context).columns if context else ()
     normal = normalise_sql(answer, columns)
     return normal is not None and normal == normalise_sql(reference, columns)
 
@@ -65,16 +29,13 @@ def sql_execution(answer: str, reference: str, context: str,
                   seed: int = 0) -> tuple[bool | None, bool]:
     """Whether two queries return the same on every test database.
 
-    Results are compared as multisets of rows, and in order when the reference as a whole orders its
-    rows; numbers are equal as numbers, and column names don't count.
-    Returns ``(same, valid)``. same is None, whatever the answer, when the databases cannot tell the
-    reference from another query: it returns nothing on them, or a single edit of it returns the
-    same everywhere. valid: the answer ran on all databases. Raises sqlite3.Error when the reference
-    itself does not run.
+    Results are compared as multisets of rows, or in order when the reference as a whole orders its
+    rows; column names don't count. Returns ``(same, valid)``. same is None, whatever the answer,
+    when the databases cannot tell the reference from its single edits. valid: the answer ran on all
+    databases. Raises sqlite3.Error when the reference itself does not run.
     """
-    indices, decidable = _choose(reference, context, seed)
+    indices, ordered, decidable = _choose(reference, context, seed)
     schema = read_schema(context)
-    ordered = is_ordered(read(reference, schema.columns))
     own, both = values_of(schema, [reference]), values_of(schema, [reference, answer])
     plans = [(own, index) for index in indices] + [(both, -1 - index) for index in range(_FEWEST)]
     same = True
@@ -90,46 +51,26 @@ def sql_execution(answer: str, reference: str, context: str,
 
 
 def same_rows(a: list[tuple], b: list[tuple], ordered: bool) -> bool:
-    """Whether two results are equal, numbers within 1e-9 of their size."""
-    if len(a) != len(b):
-        return False
-    if a == b or not ordered and Counter(a) == Counter(b):
+    """Whether two results are equal, with fractions to ten digits."""
+    if a == b:
         return True
-    if not any(isinstance(value, float) for row in a for value in row):
-        return False
-    if not ordered:
-        a, b = sorted(a, key=_sort_key), sorted(b, key=_sort_key)
-    return all(len(x) == len(y) and all(map(_same_value, x, y)) for x, y in zip(a, b, strict=True))
-
-
-def _same_value(a, b) -> bool:
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
-    return a == b
-
-
-def _sort_key(row: tuple) -> list:
-    """Orders rows of any types; numbers that are nearly equal stand together."""
-    key = []
-    for value in row:
-        if isinstance(value, (int, float)):
-            key += ["number", float(f"{value:.6g}")]
-        else:
-            key += [type(value).__name__, "" if value is None else value]
-    return key
+    a, b = ([tuple(float(f"{value:.10g}") if isinstance(value, float) else value for value in row)
+             for row in rows] for rows in (a, b))
+    return a == b if ordered else Counter(a) == Counter(b)
 
 
 @lru_cache(maxsize=4096)
-def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], bool]:
-    """The numbers of the databases that tell a reference from its single edits, and whether all do.
+def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], bool, bool]:
+    """(numbers of the databases that tell a reference from its single edits, whether the order of
+    its rows counts, whether all edits are told).
 
-    An edit that no database shows may mean the same, as LEFT JOIN before a WHERE does. It makes the
-    reference undecidable if it is of a kind that all but certainly means something else.
-    """
+    An edit that no database shows may mean the same, as LEFT JOIN before a WHERE does: only one
+    that all but certainly does not makes it undecidable, and that sqlglot cannot parse it."""
     schema = read_schema(context)
-    values = values_of(schema, [reference])
-    ordered = is_ordered(read(reference, schema.columns))
-    alive = {"SELECT 1 WHERE 0": True, **edits(reference, schema.columns)}
+    values, trees = values_of(schema, [reference]), parse(reference, frozenset(schema.columns))
+    ordered = bool(trees and trees[0].args.get("order"))
+    alive = edits(trees[0], schema.columns) if trees else {reference: True}
+    alive["SELECT 1 WHERE 0"] = True
     chosen, deadline = [], time.monotonic() + 10
     for index in range(_MOST):
         with contextlib.closing(_database(schema, values, seed, index)) as connection:
@@ -141,33 +82,27 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
         enough = _MORE if alive else _FEWEST
         if index + 1 >= enough and not any(alive.values()) or time.monotonic() > deadline:
             break
-    return tuple(chosen), not any(alive.values())
+    return tuple(chosen), ordered, not any(alive.values())
 
 
-def _database(schema, values, seed: int, index: int) -> sqlite3.Connection:
+def _database(schema: Schema, values: Values, seed: int, index: int) -> sqlite3.Connection:
     fewest, per_count, nulls = _SHAPES[index % len(_SHAPES)]
-    counts = [number for number in values.numbers if number <= 100]
-    rows = max(fewest, int(per_count * max(counts, default=0)) + index % 2)
+    count = max((number for number in values.counts if number <= 100), default=0)
+    rows = max(fewest, int(per_count * count) + index % 2)
     return fill(schema, values, f"{seed}/{index}", rows, nulls)
 
 
 def _alike(connection: sqlite3.Connection, queries: dict[str, bool], expected: list[tuple],
            ordered: bool) -> dict[str, bool]:
     """Those of the queries that return what is expected, or take too many steps to tell."""
-    left, steps = {}, [0]
-
-    def too_long() -> bool:
-        steps[0] += 1
-        return steps[0] > _STEPS
-
+    left = {}
     with limits(connection, 60):
-        connection.set_progress_handler(too_long, 1000)  # unlike time, the same on every machine
+        connection.set_progress_handler(lambda: True, _STEPS)
         for query, certain in queries.items():
-            steps[0] = 0
             try:
                 same = same_rows(connection.execute(query).fetchmany(MOST_ROWS), expected, ordered)
-            except (sqlite3.Error, sqlite3.Warning):
-                same = steps[0] > _STEPS
+            except sqlite3.Error as error:
+                same = error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT
             if same:
                 left[query] = certain
     return left

@@ -1,11 +1,13 @@
-"""How many wrong queries does the SQL score accept? Queries with one thing changed are scored against the unchanged ones.
+"""How many wrong queries does the SQL score accept, and how many right ones does it reject? Queries with one thing changed, and
+queries written in another way, are scored against the unchanged ones.
 
     python tests/benchmarks/sql_mutants.py [--data rows.jsonl.gz] [--rows 500] [--mutants 10] [--show 20] [--json result.json]
 
 Each reference is changed in up to ten ways: a constant, a column, an operator, a condition left out, DISTINCT, an aggregate, the
 order, LIMIT, AND or OR, a join. A change that scores as right has survived. It is not a fault of the score if it means the same:
 where both queries have the same normal form, or return the same on 300 random databases of up to 200 rows. Changes and databases
-are made here, by code of their own, not by the score's. The rows are practice rows, or those of --data (fields: context, answer).
+are made here, by code of their own, not by the score's. A reference is also written in up to six other ways that mean the same (line
+breaks, lower case, other aliases, operands swapped, comparisons and BETWEEN in other words): each must score as right. The rows are practice rows, or those of --data (fields: context, answer).
 PYTHONPATH=<another checkout> judges that one's score.
 """
 
@@ -173,6 +175,70 @@ def mutants(query: str, context: str, rng: random.Random, most: int = 10) -> lis
     return [(way, text) for text, way in found.items() if way]
 
 
+# ---- six ways to write a query that mean the same
+
+
+def pretty(tree):
+    return tree.sql("sqlite", pretty=True)
+
+
+def lower_case(tree):
+    """All but texts and quoted names in lower case: keywords, names of columns and tables."""
+    text = tree.sql("sqlite")
+    for token in sqlglot.tokenize(text, read="sqlite"):
+        if text[token.start] not in "'\"":
+            text = text[:token.start] + text[token.start:token.end + 1].lower() + text[token.end + 1:]
+    return text
+
+
+def other_aliases(tree):
+    names = {table.alias_or_name.lower() for table in tree.find_all(exp.Table)}
+    for table in list(tree.find_all(exp.Table)):
+        table.set("alias", exp.TableAlias(this=exp.to_identifier("z_" + table.alias_or_name.lower())))
+    for node in tree.find_all(exp.Column):
+        if node.table.lower() in names:
+            node.set("table", exp.to_identifier("z_" + node.table.lower()))
+    return tree.sql("sqlite")
+
+
+def swapped(tree):
+    """The operands of AND, OR and = in the other order."""
+    for node in list(tree.find_all(exp.Connector, exp.EQ)):
+        left, right = node.left.copy(), node.right.copy()
+        precedence = isinstance(left, exp.Or) and isinstance(node, exp.And)
+        node.set("this", right)
+        node.set("expression", exp.Paren(this=left) if precedence or isinstance(left, exp.Connector) else left)
+    return tree.sql("sqlite")
+
+
+def negated(tree):
+    opposite = {exp.GT: exp.LTE, exp.GTE: exp.LT, exp.LT: exp.GTE, exp.LTE: exp.GT, exp.EQ: exp.NEQ, exp.NEQ: exp.EQ}
+    for node in list(tree.find_all(exp.GT, exp.GTE, exp.LT, exp.LTE)):
+        other = opposite[type(node)](this=node.this.copy(), expression=node.expression.copy())
+        node.replace(exp.Not(this=exp.Paren(this=other)))
+    return tree.sql("sqlite")
+
+
+def two_comparisons(tree):
+    for node in list(tree.find_all(exp.Between)):
+        low = exp.GTE(this=node.this.copy(), expression=node.args["low"].copy())
+        high = exp.LTE(this=node.this.copy(), expression=node.args["high"].copy())
+        node.replace(exp.Paren(this=exp.And(this=low, expression=high)))
+    return tree.sql("sqlite")
+
+
+REWRITES = (pretty, lower_case, other_aliases, swapped, negated, two_comparisons)
+
+
+def rewrites(query: str) -> list[tuple[str, str]]:
+    """(way, query that means the same), each text once."""
+    tree = sqlglot.parse_one(query, dialect="sqlite")
+    found = {query: None}
+    for way in REWRITES:
+        found.setdefault(way(tree.copy()), way.__name__)
+    return [(way, text) for text, way in found.items() if way]
+
+
 # ---- are two queries the same?
 
 
@@ -250,9 +316,9 @@ def means_the_same(query: str, reference: str, context: str, databases: int = 30
 
 
 def judge(rows: list[dict[str, str]], seed: int = 0, most: int = 10) -> dict:
-    """Counts of mutants and survivors, in all and by way, and the survivors that do not mean the same."""
-    ways, survivors, undecidable, refused, seconds = collections.Counter(), [], 0, 0, 0.0
-    equal = collections.Counter()
+    """Counts of mutants and survivors, in all and by way, the survivors that do not mean the same, the right that are rejected."""
+    ways, survivors, undecidable, refused, seconds, alone = collections.Counter(), [], 0, 0, 0.0, 0.0
+    equal, right, rejected = collections.Counter(), collections.Counter(), []
     for number, row in enumerate(rows):
         rng = random.Random(f"{seed}/{number}")
         reference, context = row["answer"], row["context"]
@@ -262,10 +328,14 @@ def judge(rows: list[dict[str, str]], seed: int = 0, most: int = 10) -> dict:
         except sqlite3.Error:
             refused += 1
             continue
-        seconds += time.perf_counter() - started
+        alone += time.perf_counter() - started
         if same is None:
             undecidable += 1
             continue
+        for way, query in rewrites(reference):
+            right[way] += 1
+            if sql_execution(query, reference, context) != (True, True):
+                rejected.append({"way": way, "reference": reference, "mutant": query, "context": context})
         for way, query in mutants(reference, context, rng, most):
             started = time.perf_counter()
             accepted = sql_execution(query, reference, context)[0]
@@ -280,9 +350,11 @@ def judge(rows: list[dict[str, str]], seed: int = 0, most: int = 10) -> dict:
     return {"rows": len(rows), "undecidable": undecidable, "reference does not run": refused, "mutants": sum(ways.values()),
             "mean the same": sum(equal.values()), "wrong but accepted": len(survivors),
             "share of the wrong that is accepted": round(len(survivors) / max(1, wrong), 5),
-            "milliseconds a pair": round(1000 * seconds / max(1, sum(ways.values()) + len(rows)), 2),
+                "right": sum(right.values()), "right but rejected": len(rejected),
+            "milliseconds for a row's first answer": round(1000 * alone / max(1, len(rows)), 2),
+            "milliseconds for each further answer": round(1000 * seconds / max(1, sum(ways.values())), 2),
             "by way (wrong, accepted)": {way: [ways[way] - equal[way], by_way[way]] for way in sorted(ways)},
-            "survivors": survivors}
+            "survivors": survivors, "rejected": rejected}
 
 
 def load(path: str | None, count: int, seed: int) -> list[dict[str, str]]:
@@ -302,15 +374,16 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--mutants", type=int, default=10, help="at most, of each query")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=0, help="print so many of the wrong queries that were accepted")
+    parser.add_argument("--show", type=int, default=0, help="print so many of the wrong that were accepted, and of the right that were rejected")
     parser.add_argument("--json", type=Path, help="write the counts there")
     arguments = parser.parse_args()
     found = load(arguments.data, 10**9 if arguments.source else arguments.rows, arguments.seed)
     if arguments.source:
         found = [row for row in found if row.get("source") == arguments.source][:arguments.rows]
     counts = judge(found, arguments.seed, arguments.mutants)
-    for survivor in counts.pop("survivors")[:arguments.show]:
-        print(f"{survivor['way']}\n  {survivor['reference']}\n  {survivor['mutant']}\n  {survivor['context'][:200]}")
+    for kind in ("survivors", "rejected"):
+        for found in counts.pop(kind)[:arguments.show]:
+            print(f"{kind}: {found['way']}\n  {found['reference']}\n  {found['mutant']}\n  {found['context'][:200]}")
     print(json.dumps(counts, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
