@@ -18,6 +18,9 @@ from helpers import WorkbookError, read_json, write_json
 from helpers.data import Collator
 
 COMPLETE = "complete.json"  # in a checkpoint that was written to its end
+# Rows are sorted by length within so many batches. More would waste less padding, but then long
+# rows of one kind (SQL joins) fill whole batches, and are learnt worse (tests/benchmarks/pool.py).
+POOL = 4
 
 
 # --- the loss
@@ -104,7 +107,7 @@ class LengthSampler(TrainerCallback):
     def __iter__(self):
         rng = random.Random(f"{self.seed}/{self.epoch}")
         order = rng.sample(range(len(self.lengths)), len(self.lengths))
-        pool = 50 * self.batch_size  # sorting everything would make the same neighbours every epoch
+        pool = POOL * self.batch_size
         batches = []
         for start in range(0, len(order), pool):
             near = sorted(order[start:start + pool], key=self.lengths.__getitem__)
