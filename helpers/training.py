@@ -23,7 +23,7 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from helpers import (METRICS, WorkbookError, base_models, data, disk_errors, read_json, sha256,
-                     write_json)
+                     probe, write_json)
 from helpers.fast import attention, packing, recorded
 from helpers.publishing import save_trained
 from helpers.recipes import FineTuneConfig
@@ -78,19 +78,22 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
 def check_fits(config: FineTuneConfig, model) -> list[str]:
     """The names of the linear layers that get an adapter. Raises WorkbookError for a recipe that
     this base model cannot follow."""
-    limit = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    limit = probe.most_tokens(model) or config.max_length
     if config.max_length > limit:
         raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} "
                             f"reads at most {limit}: lower max_length.")
+    probe.check_causal(model)
     if config.packing == "documents":
-        packing.check_documents(model, config.base_model)
+        packing.takes_mask(model, config.base_model, config.max_length)
     found = base_models.lora_target_modules(model)
-    chosen = [name.strip() for name in (config.target_modules or "").split(",") if name.strip()]
-    for name in chosen:
-        if name not in found:
+    named = [name.strip() for name in (config.target_modules or "").split(",") if name.strip()]
+    chosen = [[one for one in found if f".{one}".endswith(f".{name}")] for name in named]
+    for name, layers in zip(named, chosen, strict=True):
+        if not layers:
+            has = ", ".join(dict.fromkeys(one.rsplit(".", 1)[-1] for one in found))
             raise WorkbookError(f"target_modules names {name!r}, which {config.base_model} does "
-                                f"not have: it has {', '.join(found)}.")
-    return chosen or found
+                                f"not have: it has {has}.")
+    return list(dict.fromkeys(sum(chosen, []))) or found
 
 
 def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, workers_on: str = "",
@@ -220,10 +223,12 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict],
     dataset = make_dataset(config, encoded)
     collator = data.Collator(tokenizer.pad_token_id)
     if packed:
-        shape = ()
+        shape = 0, 0
         if config.compile:  # batches of one shape: rows and places to score
             shape = config.batch_size, packing.most_scored(dataset["labels"], config.batch_size)
-        collator = packing.PackedCollator(tokenizer.pad_token_id, config.max_length, *shape)
+        mask = config.packing == "documents" and packing.takes_mask(
+            model, config.base_model, config.max_length)
+        collator = packing.PackedCollator(tokenizer.pad_token_id, config.max_length, *shape, mask)
     lora_model = _with_lora(config, model)
     if config.packing == "wrapped":
         attention.use_plain_causal_attention(model)
@@ -281,6 +286,7 @@ def _arguments(config: FineTuneConfig, rows: int, run_dir: Path) -> SFTConfig:
         fp16=cuda and base_models.best_dtype() == torch.float16,
         gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+        router_aux_loss_coef=0.0,  # frozen routers: its loss teaches nothing, and reads our masks
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps,
         save_total_limit=2, report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda,

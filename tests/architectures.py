@@ -38,7 +38,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-STEPS = ("load", "4bit", "none", "documents", "wrapped", "publish", "swap", "mixed", "merge", "generate")
+STEPS = ["load", "4bit", "none", "documents", "wrapped", "publish", "swap", "mixed", "merge", "generate"]
 ROWS = [{"toxic": f"this silly text number {i} is {'very ' * (i % 5)}bad", "neutral": f"text {i} is not {'so ' * (i % 3)}good"}
         for i in range(24)]
 PROMPTS = [get_task("detox").prompt(row) for row in ROWS[:4]]
@@ -57,7 +57,7 @@ SMALL = [(re.compile(pattern), number) for pattern, number in (
     (r"index_(topk|block_size|topk_blocks)", WINDOW),
     (r".*(sliding_window(_size)?|window_size|attention_chunk_size|local_attention(_window_len)?)", WINDOW),
     (r".*((hidden|decoder|encoder|num|n)_layers?|num_blocks|depth|layers_per_stack|num_dense_layers)", 2),
-    (r".*(rope_head_dim|rotary_dim)", 8),
+    (r"mamba_(d_head|head_?dim)", 32), (r".*(rope_head_dim|rotary_dim)", 8),
     (r".*(head_dim|d_head|head_size|headdim|kv_channels|d_kv|d_state|state_size|dim_head)", 16),
     (r".*(intermediate|ffn|d_?ff|feed_forward|d_inner|mlp_dim).*", 128),
     (r".*(hidden_size(_global)?|d_model|n_embd|(embed|emb|embedding)_dim|embedding_size|embed_proj_dim|lru_width)", 64),
@@ -66,14 +66,27 @@ SMALL = [(re.compile(pattern), number) for pattern, number in (
     (r".*chunk_size", 32),
     (r".*(image_size|crop_size)", 32),
     (r"ngram_vocab_size_base|encoder_hash_byte_group_vocab|codebook_size|num_centroids", 256))]
+LEFT_OUT = ("id2label", "label2id", "per_layer_config")
 # What rules do not find: settings that depend on each other.
 BY_NAME = {
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": None},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
+    "longcat_flash": {"head_dim": 8},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "mamba2": {"num_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32]},
+    "zamba2": {"n_mamba_heads": 4},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
 def shrink(config: dict, vocabulary: int, tokens: dict) -> dict:
     """A config as a dictionary, with few small layers: one of each kind, at least two."""
-    config = {name: value for name, value in config.items() if name not in ("id2label", "label2id")}
+    config = {name: value for name, value in config.items() if name not in LEFT_OUT}
+    equal = config.get("num_key_value_heads") == config.get("num_attention_heads")
     lengths = [value for name, value in config.items() if isinstance(value, int) and layers(name) and value > 2]
     lists = [value for name, value in config.items() if isinstance(value, list) and len(value) in lengths]
     kinds = {}
@@ -92,6 +105,12 @@ def shrink(config: dict, vocabulary: int, tokens: dict) -> dict:
             value = len(kept) if layers(name) and value > 2 else number(name, value)
         elif isinstance(value, float) and re.fullmatch("initializer_range|init_std|initializer_std", name):
             value = 0.1  # so small a model would otherwise say nearly the same of every token
+        elif value is None and name in ("head_dim", "num_key_value_heads"):
+            value = {"head_dim": 16, "num_key_value_heads": 4}[name]
+        if name == "num_key_value_heads" and equal and value > 1:
+            value = 4
+        if name == "head_dim" and config["head_dim"] == config.get("qk_rope_head_dim"):
+            value = 8
         small[name] = value
         if re.fullmatch(r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?", name):
             small[name] = vocabulary
@@ -215,7 +234,8 @@ class Trial:
         collator = data.Collator(self.tokenizer.pad_token_id)
         alone = [collator([row]) for row in encoded]
         if packed != "none":
-            collator = packing.PackedCollator(self.tokenizer.pad_token_id, 128)
+            mask = packed == "documents" and packing.takes_mask(self.model, "the model", 128)
+            collator = packing.PackedCollator(self.tokenizer.pad_token_id, 128, mask=mask)
         return alone, collator(list(dataset))
 
     def losses(self, packed: str) -> None:
@@ -254,18 +274,19 @@ class Trial:
     def leaks(self) -> None:
         """No document of a row sees another one, or what follows: changing one leaves the others' logits as they were."""
         _, batch = self.batches("documents")
-        inputs = {name: batch[name] for name in ("input_ids", "document", "position_ids")}
+        inputs = {name: batch[name] for name in ("input_ids", "document", "position_ids") if name in batch}
+        number = (batch["position_ids"][0] == 0).cumsum(0) - 1
         with torch.no_grad():
             options = training_inputs(self.model, inputs)
             before = self.model(inputs["input_ids"], use_cache=False, **options).logits
             for document in (0, 1):
-                here = inputs["document"][0] == document
+                here = number == document
                 changed = inputs["input_ids"].clone()
                 changed[0, here.nonzero()[-1]] = 7
                 after = self.model(changed, use_cache=False, **options).logits
                 others = ~here
                 others[here.nonzero()[:-1]] = True
-                others[inputs["document"][0] > 1] = False
+                others[number > 1] = False
                 same(after[0, others], before[0, others], f"other tokens' logits when document {document}'s end changes", 1e-4)
 
     def wrapped(self):
@@ -324,9 +345,9 @@ class Trial:
 
 
 def training_inputs(model, batch: dict) -> dict:
-    from helpers.trainer import _what_hides
+    from helpers.trainer import what_hides
 
-    return _what_hides(batch)
+    return what_hides(batch)
 
 
 def publishing_tensors(path: Path) -> dict:
@@ -427,7 +448,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("-v", action="store_true")
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS)
     options = parser.parse_args()
+    STEPS[:] = options.steps
     VERBOSE = options.v
     torch.set_num_threads(1)
     which, parts = map(int, options.part.split("/"))

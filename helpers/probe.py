@@ -1,0 +1,101 @@
+"""What a loaded model does, found by letting a few tokens through it: no list of architectures.
+
+Whether it is causal, which linear layers text passes through, and whether two documents in one row
+stay apart.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from helpers import WorkbookError
+
+ROUTER = re.compile(r"router|(^|[._])gate$")  # which expert a token goes to is left as it was
+
+
+def sample_ids(model, rows: int, length: int) -> torch.Tensor:
+    """Ordinary tokens, (rows, length): special ones stand at a vocabulary's ends."""
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = size // 2 + torch.arange(rows * length) * 7 % (size // 4)
+    return ids.view(rows, length).to(model.device)
+
+
+def head_inputs(model, ids: torch.Tensor, **options) -> torch.Tensor:
+    """What the output head is given for token ids (rows, length): (rows, length, hidden). The head
+    itself computes one place only. Raises WorkbookError where the model cannot read plain text."""
+    seen, head = [], model.get_output_embeddings()
+
+    def keep(module, arguments):
+        seen.append(arguments[0])
+        return arguments[0][:, -1:], *arguments[1:]
+
+    hook = head.register_forward_pre_hook(keep) if head is not None else None
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False, **options)
+    except Exception as error:  # whatever an architecture raises, it is no base model for text
+        raise WorkbookError(f"{model.config.model_type} models cannot be used here, as this one "
+                            f"does not read plain text ({type(error).__name__}: {error!s:.150}): "
+                            "choose a causal language model of text.") from error
+    finally:
+        if hook:
+            hook.remove()
+    if len(seen) != 1 or seen[0].shape[:2] != ids.shape:
+        raise WorkbookError(f"{model.config.model_type} models cannot be used here, as their output "
+                            "head is not one layer behind all others: choose a causal language "
+                            "model of text.")
+    return seen[0].float()
+
+
+def apart(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results differ by more than the rounding of `dtype`: on average over the places,
+    by more than 0.1% of a place's length (16 bits: 3%)."""
+    change = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+    return not change.mean() < (1e-3 if dtype == torch.float32 else 0.03)
+
+
+def check_causal(model) -> None:
+    """Raise WorkbookError for a model in which a token sees later ones: it would learn to copy."""
+    ids = sample_ids(model, 1, 16).repeat(2, 1)
+    ids[1, -1] += 1
+    first, second = head_inputs(model, ids)
+    if apart(second[:-1], first[:-1], model.dtype):
+        raise WorkbookError(f"{model.config.model_type} models cannot be used here, as in this one "
+                            "a token sees those that follow it: choose a causal language model of "
+                            "text.")
+
+
+def plain_linear_layers(model) -> list[str]:
+    """Full names of the linear layers of the blocks that text passes through, as they stand.
+
+    Left out are the output head, routers, layers that text does not reach (of a picture's encoder),
+    and items of a list. One expert of a list counts as all of them.
+    """
+    layers = {name: module for name, module in model.named_modules() if "." in name
+              and isinstance(module, (torch.nn.Linear, Conv1D))}
+    shapes, hooks = {}, []
+    for name, module in layers.items():
+        def note(module, arguments, output, name=name):
+            whole = isinstance(output, torch.Tensor) and arguments
+            shapes[name] = whole and output.shape[:-1] == arguments[0].shape[:-1]
+        hooks.append(module.register_forward_hook(note))
+    try:
+        head_inputs(model, sample_ids(model, 1, 16))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    alike = {re.sub(r"\d+", "*", name) for name, plain in shapes.items() if plain}
+    head = model.get_output_embeddings()
+    return [name for name, module in layers.items()
+            if module is not head and re.sub(r"\d+", "*", name) in alike
+            and not ROUTER.search(name) and not name[-1].isdigit()]
+
+
+def most_tokens(model) -> int | None:
+    """How many tokens a model's positions reach, where its config says so."""
+    config = model.config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+    return next((value for name in names if (value := getattr(config, name, None))), None)
