@@ -37,9 +37,7 @@ def head_inputs(model, ids: torch.Tensor, **options) -> torch.Tensor:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False, **options)
     except Exception as error:  # whatever an architecture raises, it is no base model for text
-        raise WorkbookError(f"{model.config.model_type} models cannot be used here, as this one "
-                            f"does not read plain text ({type(error).__name__}: {error!s:.150}): "
-                            "choose a causal language model of text.") from error
+        raise _fails(model, error) from error
     finally:
         if hook:
             hook.remove()
@@ -50,6 +48,12 @@ def head_inputs(model, ids: torch.Tensor, **options) -> torch.Tensor:
     return seen[0].float()
 
 
+def _fails(model, error: Exception) -> WorkbookError:
+    return WorkbookError(f"{model.config.model_type} models cannot be used here, as this one fails "
+                         f"on plain text ({type(error).__name__}: {error!s:.150}): choose another "
+                         "base model, or another precision.")
+
+
 def apart(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether two results differ by more than the rounding of `dtype`: on average over the places,
     by more than 0.1% of a place's length (16 bits: 3%)."""
@@ -57,15 +61,57 @@ def apart(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool
     return not change.mean() < (1e-3 if dtype == torch.float32 else 0.03)
 
 
-def check_causal(model) -> None:
-    """Raise WorkbookError for a model in which a token sees later ones: it would learn to copy."""
-    ids = sample_ids(model, 1, 16).repeat(2, 1)
-    ids[1, -1] += 1
-    first, second = head_inputs(model, ids)
-    if apart(second[:-1], first[:-1], model.dtype):
-        raise WorkbookError(f"{model.config.model_type} models cannot be used here, as in this one "
-                            "a token sees those that follow it: choose a causal language model of "
-                            "text.")
+def check(model, max_length: int) -> None:
+    """Raise WorkbookError for a model that cannot be trained and asked in batches: one that does
+    not read or write plain text, in which a token sees later ones (it would learn to copy), or
+    whose answer changes with the padding beside it.
+
+    max_length: of training rows, in tokens.
+    """
+    about = f"{model.config.model_type} models cannot be used here"
+    ids = sample_ids(model, 1, longer_than(model, "index_topk|keep_window", max_length))
+    cut = ids.shape[1] // 4
+    short, padding, other = ids[:, cut:], ids[:, :cut], ids.clone()
+    other[0, -1] += 1
+    batch = torch.cat([ids, other, torch.cat([short, padding], 1)])
+    mask = torch.ones_like(batch)
+    mask[2, -cut:] = 0
+    whole, changed, padded = head_inputs(model, batch, attention_mask=mask)
+    alone = head_inputs(model, short)[0]
+    if apart(changed[:-1], whole[:-1], model.dtype):
+        raise WorkbookError(f"{about}, as in this one a token sees those that follow it: choose a "
+                            "causal language model of text.")
+    left = torch.cat([padding, short], 1), mask[2:].flip(1)
+    written = _written(model, short, torch.ones_like(short)), _written(model, *left)
+    if apart(padded[:-cut], alone, model.dtype) or apart(*written, model.dtype):
+        raise WorkbookError(f"{about}, as padding beside a text changes what this one makes of it: "
+                            "choose another base model.")
+    try:
+        head_inputs(model.train(), ids)
+    finally:
+        model.eval()
+
+
+def _written(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The logits, (2, vocabulary), of two tokens as generate computes them; the first is always the
+    same one."""
+    try:
+        answer = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, num_beams=1,
+            pad_token_id=0, prefix_allowed_tokens_fn=lambda row, before: [int(ids[0, -1])],
+            output_logits=True, return_dict_in_generate=True)
+    except Exception as error:
+        raise _fails(model, error) from error
+    return torch.cat(answer.logits).float()
+
+
+def longer_than(model, names: str, max_length: int) -> int:
+    """Twice the largest number of the config of such a name that is below a row's length, as far
+    as rows go; at least 16 tokens."""
+    config = model.config.get_text_config(decoder=True).to_dict()
+    numbers = [value for name, value in config.items() if re.search(names, name)
+               and isinstance(value, int) and value < max_length]
+    return min(max_length, max([16, *(2 * value for value in numbers)]))
 
 
 def plain_linear_layers(model) -> list[str]:

@@ -82,7 +82,7 @@ def check_fits(config: FineTuneConfig, model) -> list[str]:
     if config.max_length > limit:
         raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} "
                             f"reads at most {limit}: lower max_length.")
-    probe.check_causal(model)
+    probe.check(model, config.max_length)
     if config.packing == "documents":
         packing.takes_mask(model, config.base_model, config.max_length)
     found = base_models.lora_target_modules(model)

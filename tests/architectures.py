@@ -54,7 +54,6 @@ SMALL = [(re.compile(pattern), number) for pattern, number in (
     (r".*(experts|zero_expert_num|num_expert)", 4),
     (r".*(n_group|topk_group|expert_group|n_groups|o_groups|ngroups)", 1),
     (r".*(num_|n_|attention_|index_n_|^)heads?|.*mamba_num_heads", 4),
-    (r"index_(topk|block_size|topk_blocks)", WINDOW),
     (r".*(sliding_window(_size)?|window_size|attention_chunk_size|local_attention(_window_len)?)", WINDOW),
     (r".*((hidden|decoder|encoder|num|n)_layers?|num_blocks|depth|layers_per_stack|num_dense_layers)", 2),
     (r"mamba_(d_head|head_?dim)", 32), (r".*(rope_head_dim|rotary_dim)", 8),
@@ -68,8 +67,12 @@ SMALL = [(re.compile(pattern), number) for pattern, number in (
     (r"ngram_vocab_size_base|encoder_hash_byte_group_vocab|codebook_size|num_centroids", 256))]
 LEFT_OUT = ("id2label", "label2id", "per_layer_config")
 # What rules do not find: settings that depend on each other.
+DROP = object()
 BY_NAME = {
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": None},
+    "bamba": {"attn_layer_indices": [1], "layers_block_type": DROP, "layer_types": DROP},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": DROP, "layer_types": DROP},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
@@ -168,6 +171,8 @@ def merge(config: dict, changes: dict) -> None:
     for name, value in changes.items():
         if isinstance(value, dict) and isinstance(config.get(name), dict):
             merge(config[name], value)
+        elif value is DROP:
+            config.pop(name, None)
         else:
             config[name] = value
 
@@ -370,7 +375,7 @@ def try_all(name: str, kind: str, say) -> None:
         failed = set()
         for step in STEPS:
             needs = {"load": (), "4bit": (), "swap": ("load", "none", "publish"), "publish": ("load", "none"), "mixed": ("swap",),
-                     "merge": ("swap",)}.get(step, ("load",))
+                     "merge": ("swap",), "generate": ("load", "none")}.get(step, ("load",))
             if failed & set(needs):
                 failed.add(step)
                 say(step, "-")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +38,8 @@ def takes_mask(model, name: str, max_length: int) -> bool:
     adds it (eager's), and switches sliding windows off: the documents are longer than those.
     Raises WorkbookError where neither keeps them apart: recurrent layers carry their state on.
     """
-    ids = probe.sample_ids(model, 2, _longer_than_windows(model, max_length))
+    ids = probe.sample_ids(
+        model, 2, probe.longer_than(model, "window|chunk|local", max_length))
     alone = probe.head_inputs(model, ids).flatten(0, 1)
     numbers = torch.arange(ids.numel(), device=ids.device)[None]
     batch = {"position_ids": numbers % ids.shape[1], "document": numbers // ids.shape[1]}
@@ -51,16 +51,9 @@ def takes_mask(model, name: str, max_length: int) -> bool:
         if not probe.apart(packed, alone, model.dtype):
             return mask
         batch.pop("document", None)
-    raise WorkbookError(f"packing='documents' cannot be used with {name}: in {model.config.model_type}"
-                        " models documents in one row would see each other. Use packing='none'.")
-
-
-def _longer_than_windows(model, max_length: int) -> int:
-    """Twice the widest window of a layer that is shorter than a row, as far as rows go."""
-    config = model.config.get_text_config(decoder=True).to_dict()
-    windows = [value for name, value in config.items() if isinstance(value, int)
-               and re.search("window|chunk|local", name) and value < max_length]
-    return min(max_length, max([16, *(2 * value for value in windows)]))
+    raise WorkbookError(f"packing='documents' cannot be used with {name}: documents in one row of "
+                        f"a {model.config.model_type} model would see each other. Use "
+                        "packing='none'.")
 
 
 def most_scored(labels: list[list[int]], rows: int) -> int:
