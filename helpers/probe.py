@@ -145,3 +145,18 @@ def most_tokens(model) -> int | None:
     config = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
     return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def shares(model) -> tuple[float, float]:
+    """Of the weights that are no token's vector: the share that LoRA adapts, and the share that is
+    in 4 bits. Experts that are stacked in one tensor are neither."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    every = adapted = packed = 0
+    for name, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            in_4bit = weight.dtype == torch.uint8  # two a byte
+            numbers = weight.numel() * (1 + in_4bit) * (module not in tables and "lora_" not in name)
+            every += numbers
+            adapted += numbers * name.endswith(".base_layer")
+            packed += numbers * in_4bit
+    return adapted / every, packed / every
