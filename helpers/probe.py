@@ -42,9 +42,9 @@ def head_inputs(model, ids: torch.Tensor, **options) -> torch.Tensor:
         if hook:
             hook.remove()
     if len(seen) != 1 or seen[0].shape[:2] != ids.shape:
-        raise WorkbookError(f"{model.config.model_type} models cannot be used here, as their output "
-                            "head is not one layer behind all others: choose a causal language "
-                            "model of text.")
+        raise WorkbookError(f"{model.config.model_type} models cannot be used here, as their "
+                            "output head is not one layer behind all others: choose a causal "
+                            "language model of text.")
     return seen[0].float()
 
 
@@ -154,8 +154,10 @@ def shares(model) -> tuple[float, float]:
     every = adapted = packed = 0
     for name, module in model.named_modules():
         for weight in module.parameters(recurse=False):
-            in_4bit = weight.dtype == torch.uint8  # two a byte
-            numbers = weight.numel() * (1 + in_4bit) * (module not in tables and "lora_" not in name)
+            if module in tables or "lora_" in name:
+                continue
+            in_4bit = weight.dtype == torch.uint8
+            numbers = weight.numel() * (1 + in_4bit)  # two a byte
             every += numbers
             adapted += numbers * name.endswith(".base_layer")
             packed += numbers * in_4bit

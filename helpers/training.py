@@ -180,8 +180,9 @@ def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
           f"computing in {base_models.best_dtype()}.", flush=True)
     adapted, packed = probe.shares(trainer.model)
     if adapted < 0.9 or config.precision == "4bit" and packed < 0.9:
-        print(f"LoRA adapts {adapted:.0%} of the blocks' weights, and {packed:.0%} of them are in 4 "
-              "bits: the rest (stacked experts, encoders of pictures) stays as it is.", flush=True)
+        print(f"LoRA adapts {adapted:.0%} of the blocks' weights, and {packed:.0%} of them are in "
+              "4 bits: the rest (stacked experts, encoders of pictures) stays as it is.",
+              flush=True)
     if checkpoint:
         print(f"Going on from {checkpoint.name}.", flush=True)
 

@@ -1,27 +1,36 @@
 """Every causal architecture of the installed transformers, as a tiny random model, through every step of the workbook.
 
-    python tests/architectures.py                                     all of them, a line each
-    python tests/architectures.py gemma2 qwen3 --tokenizers ours bos --table notebooks/bases.md
+    python tests/architectures.py                                     all of them, a line each, about 25 minutes of a core
+    python tests/architectures.py gemma2 qwen3 --tokenizers ours bos --steps load none workers
+    python tests/architectures.py --json all.jsonl --table notebooks/bases.md
 
 A cell is `ok`, `refused` with the sentence of a WorkbookError, or `FAULT` with what went wrong: a raw error, or wrong numbers.
-Each model runs in a process of its own, with a time limit.
+`not made` is a model that the rules below do not shrink, or that transformers itself cannot make from such a config; "-" is not
+tried, because a step before it was not ok. Each model runs in a process of its own, with a time limit.
 """
 
 import argparse
-import copy
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import peft  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from helpers import WorkbookError, base_models, data, publishing, training  # noqa: E402 (helpers quiets bitsandbytes)
 from helpers.adapter_files import read_tensors  # noqa: E402
@@ -30,13 +39,7 @@ from helpers.fast import packing  # noqa: E402
 from helpers.generation import Settings, generate  # noqa: E402
 from helpers.recipes import FineTuneConfig  # noqa: E402
 from helpers.tasks import get_task  # noqa: E402
-from helpers.trainer import completion_loss  # noqa: E402
-
-import peft  # noqa: E402
-import tokenizers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+from helpers.trainer import completion_loss, what_hides  # noqa: E402
 
 STEPS = ["load", "4bit", "none", "documents", "wrapped", "publish", "swap", "mixed", "merge", "generate"]
 ROWS = [{"toxic": f"this silly text number {i} is {'very ' * (i % 5)}bad", "neutral": f"text {i} is not {'so ' * (i % 3)}good"}
@@ -282,7 +285,7 @@ class Trial:
         inputs = {name: batch[name] for name in ("input_ids", "document", "position_ids") if name in batch}
         number = (batch["position_ids"][0] == 0).cumsum(0) - 1
         with torch.no_grad():
-            options = training_inputs(self.model, inputs)
+            options = what_hides(inputs)
             before = self.model(inputs["input_ids"], use_cache=False, **options).logits
             for document in (0, 1):
                 here = number == document
@@ -297,21 +300,22 @@ class Trial:
     def wrapped(self):
         self.train("wrapped")
 
+    def workers(self):
+        record = training.train_on_workers(self.config(), self.folder / "run-workers", 2)
+        need((record["workers"], record["steps"]) == (2, 2), f"{record['workers']} workers, {record['steps']} steps")
+
     def publish(self):
-        for i in (1, 2):
-            out = self.run
-            if i == 2:  # large numbers, so that the two differ
-                out = Path(shutil.copytree(self.run, self.folder / "run-2"))
+        for i in (1, 2):  # two of large random numbers: they differ, and act
+            out = Path(shutil.copytree(self.run, self.folder / f"run-{i}"))
             weights = out / "trained" / publishing.WEIGHTS
-            tensors = publishing_tensors(weights)
+            tensors = load_file(weights)
             for tensor in tensors.values():
                 tensor.normal_(std=0.2, generator=torch.Generator().manual_seed(i))
-            publishing.save_file(tensors, weights, metadata={"format": "pt"})
+            save_file(tensors, weights, metadata={"format": "pt"})
             folder = publishing.publish(out, self.folder / f"adapter-{i}", {})
             info, read = read_tensors(folder, str(self.base))
             need(all(read[name].equal(tensors[name]) for name in tensors) and len(read) == len(tensors), "read back other tensors")
             self.adapters.append(info)
-        return f"{len(info.modules)} layers"
 
     def swap(self):
         self.bank = AdapterBank(str(self.base), dtype=torch.float32)
@@ -349,22 +353,11 @@ class Trial:
         need(several == single, f"a batch's answers {several} are not the single ones {single}")
 
 
-def training_inputs(model, batch: dict) -> dict:
-    from helpers.trainer import what_hides
-
-    return what_hides(batch)
+# Steps that need others before them; all but "load" need that one.
+NEEDS = {"4bit": {"load"}, "publish": {"none"}, "swap": {"publish"}, "mixed": {"swap"}, "merge": {"swap"}, "generate": {"none"}}
 
 
-def publishing_tensors(path: Path) -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-METHODS = {"4bit": "fourbit"}
-
-
-def try_all(name: str, kind: str, say) -> None:
+def try_all(name: str, kind: str, steps: list[str], say) -> None:
     """Every step, said as (step, cell); a step whose needs failed is not run."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -372,30 +365,20 @@ def try_all(name: str, kind: str, say) -> None:
         except Exception as error:
             say("load", f"not made: {first_line(error)}")
             return
-        failed = set()
-        for step in STEPS:
-            needs = {"load": (), "4bit": (), "swap": ("load", "none", "publish"), "publish": ("load", "none"), "mixed": ("swap",),
-                     "merge": ("swap",), "generate": ("load", "none")}.get(step, ("load",))
-            if failed & set(needs):
-                failed.add(step)
+        done = set()
+        for step in steps:
+            if step != "load" and not NEEDS.get(step, {"load"}) <= done:
                 say(step, "-")
                 continue
-            began = time.perf_counter()
             try:
-                note = {"none": trial.none, "4bit": trial.fourbit}.get(step) or getattr(trial, step)
-                note()
+                getattr(trial, {"4bit": "fourbit"}.get(step, step))()
+                done.add(step)
                 say(step, "ok")
             except WorkbookError as refusal:
-                failed.add(step)
-                say(step, f"refused: {refusal}")
+                say(step, "refused: " + re.sub(r"/\S*/tiny-", "tiny-", str(refusal)))
             except Exception as error:
-                failed.add(step)
                 say(step, f"FAULT: {first_line(error)}")
-                if VERBOSE:
-                    traceback.print_exc()
-
-
-VERBOSE = False
+                traceback.print_exc()
 
 
 def first_line(error: Exception) -> str:
@@ -406,69 +389,103 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
 
 
-def in_a_process(name: str, kind: str, seconds: float) -> dict[str, str]:
+def in_a_process(name: str, kind: str = "ours", steps: list[str] = STEPS, seconds: float = 120) -> dict[str, str]:
     """`try_all` in a process of its own. Returns the cells by step."""
     context = multiprocessing.get_context("fork")  # the libraries are imported once
     ours, theirs = context.Pipe()
-
-    def child():
-        transformers.utils.logging.set_verbosity_error()
-        if not VERBOSE:
-            sys.stdout = sys.stderr = open("/dev/null", "w")
-        try_all(name, kind, lambda *cell: theirs.send(cell))
-        theirs.send(None)
-
-    process = context.Process(target=child)
+    process = context.Process(target=_child, args=(name, kind, steps, theirs))
     process.start()
     theirs.close()
-    cells, ends = {}, time.monotonic() + seconds
-    ended = "the process died"
+    cells, cell, ends, ended = {}, (), time.monotonic() + seconds, "the process died"
     try:
-        while True:
+        while cell is not None:
             if not ours.poll(max(0, ends - time.monotonic())):
                 ended = f"no end after {seconds:.0f} s"
                 break
             cell = ours.recv()
-            if cell is None:
-                break
-            cells[cell[0]] = cell[1]
+            cells |= dict([cell] if cell else [])
     except EOFError:
         pass
-    else:
-        ended = "" if cell is None else ended
     process.kill()
     process.join()
-    if ended:
-        step = next(step for step in STEPS if step not in cells)
-        cells[step] = f"FAULT: {ended}"
-    return {step: cells.get(step, "-") for step in STEPS}
+    if cell is not None:
+        cells[next(step for step in steps if step not in cells)] = f"FAULT: {ended}"
+    return {step: cells.get(step, "-") for step in steps}
+
+
+def _child(name: str, kind: str, steps: list[str], pipe) -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    if not os.environ.get("VERBOSE"):
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try_all(name, kind, steps, lambda *cell: pipe.send(cell))
+    pipe.send(None)
+
+
+# --- the table
+
+POPULAR = {
+    "llama": "Llama 3.x, SmolLM2", "qwen3": "Qwen3", "qwen2": "Qwen2.5", "gemma3_text": "Gemma 3 1B", "gemma3": "Gemma 3 4B to 27B",
+    "phi3": "Phi-4, Phi-3", "smollm3": "SmolLM3", "mistral": "Mistral 7B", "ministral3": "Ministral 3", "gpt_oss": "gpt-oss",
+    "qwen3_moe": "Qwen3 MoE", "mixtral": "Mixtral", "deepseek_v3": "DeepSeek V3", "glm4_moe": "GLM-4.5", "bloom": "BLOOM",
+    "qwen3_next": "Qwen3-Next", "qwen3_5_text": "Qwen3.5", "olmo2": "OLMo 2", "granite": "Granite 3", "falcon": "Falcon",
+    "gemma2": "Gemma 2", "gpt2": "GPT-2", "gpt_neox": "Pythia", "opt": "OPT", "starcoder2": "StarCoder2"}
+
+
+def table(results: list[dict], steps: list[str]) -> str:
+    """The results as a page: an architecture a line, then the sentences of the refusals."""
+    notes, lines, whole, faults = {}, [], 0, 0
+    for result in results:
+        name, cells = result["name"], []
+        for step in steps:
+            cell = result.get(step, "-")
+            kind, _, text = cell.partition(": ")
+            faults += kind == "FAULT"
+            if text:
+                text = text.replace(f"tiny-{name}", "<base model>").replace(f"{name} models", "<its> models")
+                cell = f"{kind} {notes.setdefault(text, len(notes) + 1)}"
+            cells.append(cell)
+        whole += set(cells) == {"ok"}
+        shown = name if result["tokenizer"] == "ours" else f"{name} ({result['tokenizer']})"
+        lines.append(f"| {shown} | {POPULAR.get(name, '')} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("transformers", "peft", "torch", "bitsandbytes"))
+    head = ["# Base models: which architectures work", "",
+            f"Made by `python tests/architectures.py --table notebooks/bases.md` with {versions}. Each architecture is a tiny random "
+            "model, not the real one: real weights are not fetched. Every step's numbers are checked, see the script.", "",
+            f"{len(results)} tried, {whole} ok in every step, {faults} cells with a fault. \"none\", \"documents\" and \"wrapped\" are "
+            "the ways to pack rows; \"-\" was not tried, as a step before it was not ok.", "",
+            f"| architecture | for instance | {' | '.join(steps)} |", "|" + " --- |" * (len(steps) + 2)]
+    return "\n".join([*head, *lines, "", *(f"{number}. {text}" for text, number in notes.items())]) + "\n"
 
 
 def main() -> None:
-    global VERBOSE
-    parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--tokenizers", nargs="+", default=["ours"])
-    parser.add_argument("--part", default="0/1")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("-v", action="store_true")
-    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="architectures, as transformers names them (none: all)")
+    parser.add_argument("--tokenizers", nargs="+", default=["ours"], choices=["ours", "bos", "qwen", "end"])
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=[*STEPS, "workers"])
+    parser.add_argument("--seconds", type=float, default=120, help="the longest that one may take")
+    parser.add_argument("--json", type=Path, help="a file of results; what is in it already is not tried again")
+    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
-    STEPS[:] = options.steps
-    VERBOSE = options.v
-    torch.set_num_threads(1)
-    which, parts = map(int, options.part.split("/"))
-    names = options.names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[which::parts]
-    for name in names:
+    results = []
+    if options.json and options.json.is_file():
+        results = [json.loads(line) for line in options.json.read_text().splitlines()]
+    known = {(result["name"], result["tokenizer"]) for result in results}
+    for name in options.names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         for kind in options.tokenizers:
+            if (name, kind) in known:
+                continue
             began = time.monotonic()
-            cells = in_a_process(name, kind, options.seconds)
+            cells = in_a_process(name, kind, options.steps, options.seconds)
             bad = [f"{step} {cell}" for step, cell in cells.items() if cell not in ("ok", "-")]
-            print(f"{name:24} {kind:5} {time.monotonic() - began:5.1f}s  ", " | ".join(bad) or "ok", flush=True)
+            print(f"{name:24} {kind:5} {time.monotonic() - began:5.1f} s  ", " | ".join(bad) or "ok", flush=True)
+            results.append({"name": name, "tokenizer": kind, **cells})
             if options.json:
-                with open(options.json, "a") as file:
-                    file.write(json.dumps({"name": name, "tokenizer": kind, **cells}) + "\n")
+                options.json.write_text("".join(json.dumps(result) + "\n" for result in results))
+    if options.table:
+        options.table.write_text(table(sorted(results, key=lambda result: result["name"]), options.steps))
+    if any(cell.startswith("FAULT") for result in results for cell in result.values()):
+        sys.exit("There are faults.")
 
 
 if __name__ == "__main__":
