@@ -251,7 +251,8 @@ def _mixed_forward(layer: LoraLayer, rows: list[str]):
 
     def forward(x):
         result = base(x)
-        if len(x) % len(rows):  # (rows x length, in) is one text after the other
+        # (rows x length, in) is one text after the other.
+        if len(x) % len(rows) or (x.dim() > 2 and len(x) != len(rows)):
             raise WorkbookError("A mixed batch cannot be run on this base model: a layer of it is "
                                 "given tokens without their rows. Ask one adapter at a time.")
         inner = (x.to(a.dtype) @ a.T).reshape(len(rows), -1, a.shape[0]) * mask

@@ -180,21 +180,23 @@ def lora_target_modules(model) -> list[str]:
     makes something else of: Mamba's out_proj, and names that were experts' in older checkpoints.
     Raises WorkbookError when no layer is left.
     """
-    full = [name for name in probe.plain_linear_layers(model) if _stays_a_layer(model, name)]
-    others = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name not in set(full)}
-    short = {name: name.rsplit(".", 1)[-1] for name in full}
+    last = {name: name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    full = probe.plain_linear_layers(model)
+    kept = {name for name in {last[one] for one in full} if _stays_a_layer(model, name)}
+    full = [name for name in full if last[name] in kept]
+    others = {last[name] for name in last.keys() - set(full)}
     if not full:
         raise WorkbookError(f"{model.config.model_type} models cannot be trained here: none of "
                             "their layers is a linear one that LoRA can be put on. Choose another "
                             "base_model.")
-    return list(dict.fromkeys(name if short[name] in others else short[name] for name in full))
+    return list(dict.fromkeys(name if last[name] in others else last[name] for name in full))
 
 
 def _stays_a_layer(model, name: str) -> bool:
-    """Whether PEFT 0.21 puts LoRA on this very layer."""
+    """Whether PEFT 0.21 puts LoRA on the layers of this name themselves."""
     config = LoraConfig(target_modules=[name], task_type="CAUSAL_LM")
     try:
-        _check_lora_target_modules_mamba(config, model, name.rsplit(".", 1)[-1])
+        _check_lora_target_modules_mamba(config, model, name)
         convert_peft_config_for_transformers(config, model, None)
     except ValueError:
         return False

@@ -7,13 +7,16 @@ stay apart.
 from __future__ import annotations
 
 import re
+import weakref
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from helpers import WorkbookError
 
-ROUTER = re.compile(r"router|(^|[._])gate$")  # which expert a token goes to is left as it was
+PASSED = weakref.WeakSet()  # models that `check` found fit
+# A token goes to few experts, and which ones is left as it was.
+ROUTED = re.compile(r"router|(^|[._])gate$|experts\.\d")
 
 
 def sample_ids(model, rows: int, length: int) -> torch.Tensor:
@@ -66,8 +69,10 @@ def check(model, max_length: int) -> None:
     not read or write plain text, in which a token sees later ones (it would learn to copy), or
     whose answer changes with the padding beside it.
 
-    max_length: of training rows, in tokens.
+    max_length: of training rows, in tokens. A model that has passed is not asked again.
     """
+    if model in PASSED:
+        return
     about = f"{model.config.model_type} models cannot be used here"
     ids = sample_ids(model, 1, longer_than(model, "index_topk|keep_window", max_length))
     cut = ids.shape[1] // 4
@@ -90,6 +95,7 @@ def check(model, max_length: int) -> None:
         head_inputs(model.train(), ids)
     finally:
         model.eval()
+    PASSED.add(model)
 
 
 def _written(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -117,34 +123,34 @@ def longer_than(model, names: str, max_length: int) -> int:
 def plain_linear_layers(model) -> list[str]:
     """Full names of the linear layers of the blocks that text passes through, as they stand.
 
-    Left out are the output head, routers, layers that text does not reach (of a picture's encoder),
-    and items of a list. One expert of a list counts as all of them.
+    Left out are the output head, layers that text does not reach (of a picture's encoder), routed
+    experts and their routers, and items of a list.
     """
-    layers = {name: module for name, module in model.named_modules() if "." in name
-              and isinstance(module, (torch.nn.Linear, Conv1D))}
-    shapes, hooks = {}, []
-    for name, module in layers.items():
-        def note(module, arguments, output, name=name):
-            whole = isinstance(output, torch.Tensor) and arguments
-            shapes[name] = whole and output.shape[:-1] == arguments[0].shape[:-1]
-        hooks.append(module.register_forward_hook(note))
+    head, plain, hooks = model.get_output_embeddings(), set(), []
+
+    def note(module, arguments, output):
+        if isinstance(output, torch.Tensor) and arguments:
+            if output.shape[:-1] == arguments[0].shape[:-1]:
+                plain.add(module)
+
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head:
+            hooks.append(module.register_forward_hook(note))
     try:
         head_inputs(model, sample_ids(model, 1, 16))
     finally:
         for hook in hooks:
             hook.remove()
-    alike = {re.sub(r"\d+", "*", name) for name, plain in shapes.items() if plain}
-    head = model.get_output_embeddings()
-    return [name for name, module in layers.items()
-            if module is not head and re.sub(r"\d+", "*", name) in alike
-            and not ROUTER.search(name) and not name[-1].isdigit()]
+    return [name for name, module in model.named_modules() if module in plain and "." in name
+            and not ROUTED.search(name) and not name[-1].isdigit()]
 
 
 def most_tokens(model) -> int | None:
     """How many tokens a model's positions reach, where its config says so."""
     config = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
-    return next((value for name in names if (value := getattr(config, name, None))), None)
+    found = (getattr(config, name, None) for name in names)
+    return next((number for number in found if number and number > 0), None)  # XLNet's is -1
 
 
 def shares(model) -> tuple[float, float]:

@@ -85,6 +85,11 @@ def check_fits(config: FineTuneConfig, model) -> list[str]:
     probe.check(model, config.max_length)
     if config.packing == "documents":
         packing.takes_mask(model, config.base_model, config.max_length)
+    return target_modules(config, model)
+
+
+def target_modules(config: FineTuneConfig, model) -> list[str]:
+    """The names of the linear layers that get an adapter: those that the recipe chose of all."""
     found = base_models.lora_target_modules(model)
     named = [name.strip() for name in (config.target_modules or "").split(",") if name.strip()]
     chosen = [[one for one in found if f".{one}".endswith(f".{name}")] for name in named]
@@ -266,7 +271,7 @@ def _with_lora(config: FineTuneConfig, model):
         model.enable_input_require_grads()
     return get_peft_model(model, LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, bias="none",
-        task_type="CAUSAL_LM", target_modules=check_fits(config, model)))
+        task_type="CAUSAL_LM", target_modules=target_modules(config, model)))
 
 
 def _arguments(config: FineTuneConfig, rows: int, run_dir: Path) -> SFTConfig:
