@@ -5,7 +5,8 @@ import re
 import architectures
 import pytest
 
-from helpers import base_models, probe
+from helpers import WorkbookError, base_models, probe, training
+from helpers.fast import packing
 
 STEPS = ["load", "none", "documents", "publish", "swap", "mixed", "generate"]
 LATER = STEPS[3:]
@@ -29,25 +30,40 @@ def test_an_architecture_is_right_or_refused(name):
 
 @pytest.fixture(scope="module")
 def gemma3(tmp_path_factory):
+    """A model with an encoder of pictures, whose settings for text stand in a part of its config."""
     trial = architectures.Trial("gemma3", "ours", tmp_path_factory.mktemp("gemma3"))
     trial.load()
-    return trial.model
+    return trial
 
 
 def test_encoders_of_pictures_get_no_lora(gemma3):
-    names = base_models.lora_target_modules(gemma3)
+    names = base_models.lora_target_modules(gemma3.model)
     assert "gate_proj" in names and "q_proj" not in names, "its encoder of pictures has a q_proj too"
     assert [name for name in names if name.endswith("q_proj")] and not [name for name in names if "vision" in name]
+    chosen = training.check_fits(gemma3.config(target_modules="q_proj, gate_proj"), gemma3.model)
+    assert set(chosen) == {name for name in names if name.endswith(("q_proj", "gate_proj"))}
 
 
-def test_the_shares_count_what_lora_adapts(gemma3):
-    """No LoRA yet: nothing is adapted, and nothing is in 4 bits."""
-    assert probe.shares(gemma3) == (0, 0)
+def test_the_length_that_a_part_of_a_config_tells_is_kept(gemma3):
+    with pytest.raises(WorkbookError, match="reads at most 512"):
+        training.check_fits(gemma3.config(max_length=1024), gemma3.model)
 
 
-def test_a_model_is_as_it_was_after_the_check(gemma3):
-    hooks = [module for module in gemma3.modules() if module._forward_hooks or module._forward_pre_hooks]
-    probe.check(gemma3, 128)
-    base_models.lora_target_modules(gemma3)
-    after = [module for module in gemma3.modules() if module._forward_hooks or module._forward_pre_hooks]
-    assert after == hooks and not any(module.training for module in gemma3.modules())
+def test_windows_are_left_to_transformers_and_the_embedded_architecture_keeps_its_mask(gemma3, tiny):
+    assert packing.takes_mask(gemma3.model, "gemma3", 128) is False
+    assert packing.takes_mask(base_models.load(str(tiny))[0], "llama", 128) is True
+
+
+def test_the_check_leaves_a_model_as_it_was(gemma3):
+    probe.PASSED.discard(gemma3.model)
+    probe.check(gemma3.model, 128)
+    assert not any(module.training or module._forward_hooks or module._forward_pre_hooks for module in gemma3.model.modules())
+
+
+def test_the_share_that_lora_reaches_is_said(gemma3, capsys):
+    assert probe.shares(gemma3.model) == (0, 0)
+    gemma3.none()
+    said = re.search(r"LoRA adapts (\d+)% of the blocks' weights, and 0% of them are in 4 bits", capsys.readouterr().out)
+    text = sum(weight.numel() for name, weight in gemma3.model.named_parameters() if "language_model.layers" in name)
+    every = sum(weight.numel() for weight in gemma3.model.parameters()) - gemma3.model.get_input_embeddings().weight.numel()
+    assert abs(int(said[1]) / 100 - text / every) < 0.02, "LoRA adapts all of the text's layers but their norms"
