@@ -10,6 +10,7 @@ tried, because a step before it was not ok. Each model runs in a process of its 
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -415,6 +416,7 @@ def in_a_process(name: str, kind: str = "ours", steps: list[str] = STEPS, second
 
 def _child(name: str, kind: str, steps: list[str], pipe) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the trainer collects garbage, and need not look through what was imported
     transformers.utils.logging.set_verbosity_error()
     if not os.environ.get("VERBOSE"):
         sys.stdout = sys.stderr = open(os.devnull, "w")
