@@ -1,8 +1,4 @@
-"""What a loaded model does, found by letting a few tokens through it: no list of architectures.
-
-Whether it is causal, which linear layers text passes through, and whether two documents in one row
-stay apart.
-"""
+"""What a loaded model does, found by letting a few tokens through it: no list of architectures."""
 
 from __future__ import annotations
 
@@ -19,6 +15,32 @@ PASSED = weakref.WeakSet()  # models that `check` found fit
 ROUTED = re.compile(r"router|(^|[._])gate$|experts\.\d")
 
 
+def check(model) -> None:
+    """Raise WorkbookError for a model that cannot be trained and asked in batches: one that does
+    not read or write plain text, in which a token sees later ones (it would learn to copy), or
+    whose answer changes with the padding beside it. A model that has passed is not asked again.
+    """
+    if model in PASSED:
+        return
+    ids = sample_ids(model, 1, 16)
+    short, padding, other = ids[:, :12], ids[:, 12:], ids.clone()
+    other[0, -1] += 1
+    mask = torch.ones_like(ids.repeat(3, 1))
+    mask[2, 12:] = 0
+    with torch.no_grad():
+        batch = torch.cat([ids, other, ids])
+        whole, changed, padded = head_inputs(model, batch, attention_mask=mask)
+        alone, written = head_inputs(model, short)[0], _written(model, short, mask[:1, :12])
+        left = _written(model, torch.cat([padding, short], 1), mask[2:].flip(1))
+        head_inputs(model.train(), ids)  # some do other things then
+    model.eval()
+    if apart(changed[:-1], whole[:-1], model.dtype):
+        raise _refusal(model, "a token in this one sees those that follow it")
+    if apart(padded[:12], alone, model.dtype) or apart(left, written, model.dtype):
+        raise _refusal(model, "padding beside a text changes what this one makes of it")
+    PASSED.add(model)
+
+
 def sample_ids(model, rows: int, length: int) -> torch.Tensor:
     """Ordinary tokens, (rows, length): special ones stand at a vocabulary's ends."""
     size = model.get_input_embeddings().weight.shape[0]
@@ -29,32 +51,36 @@ def sample_ids(model, rows: int, length: int) -> torch.Tensor:
 def head_inputs(model, ids: torch.Tensor, **options) -> torch.Tensor:
     """What the output head is given for token ids (rows, length): (rows, length, hidden). The head
     itself computes one place only. Raises WorkbookError where the model cannot read plain text."""
-    seen, head = [], model.get_output_embeddings()
+    seen = []
 
     def keep(module, arguments):
         seen.append(arguments[0])
         return arguments[0][:, -1:], *arguments[1:]
 
-    hook = head.register_forward_pre_hook(keep) if head is not None else None
     try:
-        with torch.no_grad():
+        hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+        with hook, torch.no_grad():
             model(input_ids=ids, use_cache=False, **options)
+        return seen.pop().reshape(*ids.shape, -1).float()
     except Exception as error:  # whatever an architecture raises, it is no base model for text
-        raise _fails(model, error) from error
-    finally:
-        if hook:
-            hook.remove()
-    if len(seen) != 1 or seen[0].shape[:2] != ids.shape:
-        raise WorkbookError(f"{model.config.model_type} models cannot be used here, as their "
-                            "output head is not one layer behind all others: choose a causal "
-                            "language model of text.")
-    return seen[0].float()
+        raise _refusal(model, f"this one fails on plain text ({error!r:.150})") from error
 
 
-def _fails(model, error: Exception) -> WorkbookError:
-    return WorkbookError(f"{model.config.model_type} models cannot be used here, as this one fails "
-                         f"on plain text ({type(error).__name__}: {error!s:.150}): choose another "
-                         "base model, or another precision.")
+def _written(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The logits, (2, vocabulary), of two tokens as generate computes them; the first is given."""
+    try:
+        answer = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, num_beams=1,
+            pad_token_id=0, prefix_allowed_tokens_fn=lambda row, before: [int(ids[0, -1])],
+            output_logits=True, return_dict_in_generate=True)
+        return torch.cat(answer.logits).float()
+    except Exception as error:
+        raise _refusal(model, f"this one cannot write text ({error!r:.150})") from error
+
+
+def _refusal(model, reason: str) -> WorkbookError:
+    return WorkbookError(f"{model.config.model_type} models cannot be used here, as {reason}: "
+                         "choose another base_model, or another precision.")
 
 
 def apart(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -64,83 +90,27 @@ def apart(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool
     return not change.mean() < (1e-3 if dtype == torch.float32 else 0.03)
 
 
-def check(model, max_length: int) -> None:
-    """Raise WorkbookError for a model that cannot be trained and asked in batches: one that does
-    not read or write plain text, in which a token sees later ones (it would learn to copy), or
-    whose answer changes with the padding beside it.
-
-    max_length: of training rows, in tokens. A model that has passed is not asked again.
-    """
-    if model in PASSED:
-        return
-    about = f"{model.config.model_type} models cannot be used here"
-    ids = sample_ids(model, 1, longer_than(model, "index_topk|keep_window", max_length))
-    cut = ids.shape[1] // 4
-    short, padding, other = ids[:, cut:], ids[:, :cut], ids.clone()
-    other[0, -1] += 1
-    batch = torch.cat([ids, other, torch.cat([short, padding], 1)])
-    mask = torch.ones_like(batch)
-    mask[2, -cut:] = 0
-    whole, changed, padded = head_inputs(model, batch, attention_mask=mask)
-    alone = head_inputs(model, short)[0]
-    if apart(changed[:-1], whole[:-1], model.dtype):
-        raise WorkbookError(f"{about}, as in this one a token sees those that follow it: choose a "
-                            "causal language model of text.")
-    left = torch.cat([padding, short], 1), mask[2:].flip(1)
-    written = _written(model, short, torch.ones_like(short)), _written(model, *left)
-    if apart(padded[:-cut], alone, model.dtype) or apart(*written, model.dtype):
-        raise WorkbookError(f"{about}, as padding beside a text changes what this one makes of it: "
-                            "choose another base model.")
-    try:
-        head_inputs(model.train(), ids)
-    finally:
-        model.eval()
-    PASSED.add(model)
-
-
-def _written(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The logits, (2, vocabulary), of two tokens as generate computes them; the first is always the
-    same one."""
-    try:
-        answer = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, num_beams=1,
-            pad_token_id=0, prefix_allowed_tokens_fn=lambda row, before: [int(ids[0, -1])],
-            output_logits=True, return_dict_in_generate=True)
-    except Exception as error:
-        raise _fails(model, error) from error
-    return torch.cat(answer.logits).float()
-
-
-def longer_than(model, names: str, max_length: int) -> int:
-    """Twice the largest number of the config of such a name that is below a row's length, as far
-    as rows go; at least 16 tokens."""
-    config = model.config.get_text_config(decoder=True).to_dict()
-    numbers = [value for name, value in config.items() if re.search(names, name)
-               and isinstance(value, int) and value < max_length]
-    return min(max_length, max([16, *(2 * value for value in numbers)]))
-
-
 def plain_linear_layers(model) -> list[str]:
-    """Full names of the linear layers of the blocks that text passes through, as they stand.
+    """Full names of the linear layers of the blocks that text passes through.
 
     Left out are the output head, layers that text does not reach (of a picture's encoder), routed
     experts and their routers, and items of a list.
     """
-    head, plain, hooks = model.get_output_embeddings(), set(), []
+    plain, hooks = set(), []
 
     def note(module, arguments, output):
-        if isinstance(output, torch.Tensor) and arguments:
-            if output.shape[:-1] == arguments[0].shape[:-1]:
-                plain.add(module)
+        if arguments and getattr(output, "shape", ())[:-1] == arguments[0].shape[:-1]:
+            plain.add(module)
 
     for module in model.modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head:
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
             hooks.append(module.register_forward_hook(note))
     try:
         head_inputs(model, sample_ids(model, 1, 16))
     finally:
         for hook in hooks:
             hook.remove()
+    plain.discard(model.get_output_embeddings())
     return [name for name, module in model.named_modules() if module in plain and "." in name
             and not ROUTED.search(name) and not name[-1].isdigit()]
 
@@ -154,17 +124,15 @@ def most_tokens(model) -> int | None:
 
 
 def shares(model) -> tuple[float, float]:
-    """Of the weights that are no token's vector: the share that LoRA adapts, and the share that is
-    in 4 bits. Experts that are stacked in one tensor are neither."""
+    """Of the weights that are no token's vector: the share that LoRA adapts, and that in 4 bits."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     every = adapted = packed = 0
     for name, module in model.named_modules():
         for weight in module.parameters(recurse=False):
-            if module in tables or "lora_" in name:
-                continue
-            in_4bit = weight.dtype == torch.uint8
-            numbers = weight.numel() * (1 + in_4bit)  # two a byte
-            every += numbers
-            adapted += numbers * name.endswith(".base_layer")
-            packed += numbers * in_4bit
+            if module not in tables and "lora_" not in name:
+                in_4bit = weight.dtype == torch.uint8
+                numbers = weight.numel() * (1 + in_4bit)  # two a byte
+                every += numbers
+                adapted += numbers * name.endswith(".base_layer")
+                packed += numbers * in_4bit
     return adapted / every, packed / every

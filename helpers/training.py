@@ -82,7 +82,7 @@ def check_fits(config: FineTuneConfig, model) -> list[str]:
     if config.max_length > limit:
         raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} "
                             f"reads at most {limit}: lower max_length.")
-    probe.check(model, config.max_length)
+    probe.check(model)
     if config.packing == "documents":
         packing.takes_mask(model, config.base_model, config.max_length)
     return target_modules(config, model)
@@ -185,9 +185,8 @@ def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
           f"computing in {base_models.best_dtype()}.", flush=True)
     adapted, packed = probe.shares(trainer.model)
     if adapted < 0.9 or config.precision == "4bit" and packed < 0.9:
-        print(f"LoRA adapts {adapted:.0%} of the blocks' weights, and {packed:.0%} of them are in "
-              "4 bits: the rest (stacked experts, encoders of pictures) stays as it is.",
-              flush=True)
+        print(f"LoRA adapts {adapted:.0%} of the blocks' weights, and {packed:.0%} are in 4 bits: "
+              "stacked experts and encoders of pictures stay as they are.", flush=True)
     if checkpoint:
         print(f"Going on from {checkpoint.name}.", flush=True)
 

@@ -54,11 +54,11 @@ WINDOW = 16  # shorter than a training row
 # What a config's whole numbers become: the first pattern that fits a name decides, and no number is raised.
 SMALL = [(re.compile(pattern), number) for pattern, number in (
     (r".*(kv_n_heads|n(um)?_kv_heads|key_value_heads|num_key_heads|query_groups)", 2),
-    (r".*(experts_per_tok(en)?|top_?k(_experts)?|moe_k|cross_attn_k)", 2),
+    (r"(?!index).*(experts_per_tok(en)?|top_?k(_experts)?|moe_k|cross_attn_k)", 2),
     (r".*(experts|zero_expert_num|num_expert)", 4),
     (r".*(n_group|topk_group|expert_group|n_groups|o_groups|ngroups)", 1),
     (r".*(num_|n_|attention_|index_n_|^)heads?|.*mamba_num_heads", 4),
-    (r".*(sliding_window(_size)?|window_size|attention_chunk_size|local_attention(_window_len)?)", WINDOW),
+    (r".*(((sliding|attention)_|^)window(_size)?|attention_chunk_size|local_attention(_window_len)?)", WINDOW),
     (r".*((hidden|decoder|encoder|num|n)_layers?|num_blocks|depth|layers_per_stack)", 2),
     (r"mamba_(d_head|head_?dim)", 32), (r".*((rope|nope)_head_dim|rotary_dim)", 8),
     (r".*(head_dim|d_head|head_size|headdim|kv_channels|d_kv|d_state|state_size|dim_head)", 16),
@@ -77,7 +77,7 @@ BY_NAME = {
     "bamba": {"attn_layer_indices": [1], "layers_block_type": DROP, "layer_types": DROP},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": DROP, "layer_types": DROP},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},

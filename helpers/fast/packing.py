@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +39,10 @@ def takes_mask(model, name: str, max_length: int) -> bool:
     adds it (eager's), and switches sliding windows off: the documents are longer than those.
     Raises WorkbookError where neither keeps them apart: recurrent layers carry their state on.
     """
-    ids = probe.sample_ids(
-        model, 2, probe.longer_than(model, "window|chunk|local", max_length))
+    config = model.config.get_text_config(decoder=True).to_dict()
+    windows = [2 * value for name, value in config.items() if isinstance(value, int)
+               and re.search("window|chunk|local", name) and value < max_length]
+    ids = probe.sample_ids(model, 2, min(max_length, max([16, *windows])))
     alone = probe.head_inputs(model, ids).flatten(0, 1)
     numbers = torch.arange(ids.numel(), device=ids.device)[None]
     batch = {"position_ids": numbers % ids.shape[1], "document": numbers // ids.shape[1]}
