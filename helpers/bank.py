@@ -273,7 +273,7 @@ def _few_rows(layer):
         rows = x.reshape(-1, x.shape[-1])
         if not 1 < len(rows) <= 16:
             return linear(x, weight, bias)
-        result = (weight @ rows.T).T.reshape(*x.shape[:-1], -1)
+        result = (weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
         return result if bias is None else result + bias
 
     return forward
