@@ -11,7 +11,7 @@ from helpers.fast import packing
 STEPS = ["load", "none", "documents", "publish", "swap", "mixed", "generate"]
 LATER = STEPS[3:]
 # What is refused, where not every step is ok, and the words that say why.
-REFUSED = {"bert": ("none documents", "a token sees those that follow it"),
+REFUSED = {"bert": ("none documents", "sees those that follow it"),
            "bart": ("none documents", "padding beside a text"),
            "mamba2": ("documents", "would see each other")}
 
