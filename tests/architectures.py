@@ -207,10 +207,11 @@ class Trial:
 
     def __init__(self, name: str, kind: str, folder: Path):
         self.folder, self.base = folder, folder / f"tiny-{name}"
-        tokenizer = make_tokenizer(kind)
-        self.made = make_model(name, tokenizer)
-        self.made.save_pretrained(self.base)
-        tokenizer.save_pretrained(self.base)
+        self.tokenizer = make_tokenizer(kind)
+        made = make_model(name, self.tokenizer)
+        self.made = self.logits(made)
+        made.save_pretrained(self.base)
+        self.tokenizer.save_pretrained(self.base)
         self.rows = data.Rows(ROWS, "rows of this test", "none", len(ROWS))
         self.adapters = []
 
@@ -228,8 +229,7 @@ class Trial:
 
     def load(self):
         self.model, self.tokenizer = base_models.load(str(self.base), dtype=torch.float32)
-        same(self.logits(self.model), self.logits(self.made), "the loaded model's logits")
-        del self.made
+        same(self.logits(self.model), self.made, "the loaded model's logits")
 
     def fourbit(self):
         config = self.config(precision="4bit")

@@ -54,9 +54,8 @@ def takes_mask(model, name: str, max_length: int) -> bool:
         if not probe.apart(packed, alone, model.dtype):
             return mask
         batch.pop("document", None)
-    raise WorkbookError(f"packing='documents' cannot be used with {name}: documents in one row of "
-                        f"a {model.config.model_type} model would see each other. Use "
-                        "packing='none'.")
+    raise WorkbookError(f"packing='documents' cannot be used with {name}: documents in one row "
+                        "would see each other. Use packing='none'.")
 
 
 def most_scored(labels: list[list[int]], rows: int) -> int:
