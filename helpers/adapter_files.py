@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from helpers import METRICS, ROOT, WorkbookError, base_models
 from helpers.registry import EMBEDDED, custom_adapters_dir, resolve
@@ -31,6 +32,7 @@ MAX_HEADER_BYTES = 10_000_000  # an adapter of 210 layers has a header of 55 kB
 _IGNORED = {
     "base_model_name_or_path", "revision", "peft_version", "inference_mode", "r", "lora_alpha",
     "lora_dropout", "target_modules", "use_rslora", "megatron_core", "qalora_group_size",
+    "fan_in_fan_out",  # PEFT sets it where a layer (GPT-2's) keeps its weights so
     "loftq_config", "eva_config", "lora_ga_config"}
 _ALLOWED = {
     "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": (None, "none"),
@@ -137,8 +139,10 @@ def layer_shapes(base_name: str = EMBEDDED) -> dict[str, tuple[int, int]]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = model.get_output_embeddings()
-    return {name: tuple(module.weight.shape) for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head}
+    shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules()
+              if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head}
+    return {name: shape[::-1] if isinstance(model.get_submodule(name), Conv1D) else shape
+            for name, shape in shapes.items()}
 
 
 # --- checks, in the order in which `_read` makes them

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 
-from helpers import WorkbookError, base_models, is_text
+from helpers import WorkbookError, base_models, is_text, probe
 from helpers.adapter_files import AdapterInfo, read_tensors
 from helpers.data import prompt_ids
 from helpers.generation import Answer, Settings, write_batch
@@ -215,7 +215,7 @@ class AdapterBank:
         if not prompts or not all(prompt and is_text(prompt) for prompt in prompts):
             raise WorkbookError("The prompt is empty or no text: write one or choose a sample.")
         width = max(len(prompt_ids(self.tokenizer, prompt)) for prompt in prompts)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = probe.most_tokens(self.model)
         if limit and width + settings.max_new_tokens > limit:
             raise WorkbookError(f"The prompt's {width:,} tokens and {settings.max_new_tokens:,} "
                                 f"new ones are more than the {limit:,} that this base model "
@@ -252,7 +252,12 @@ def _mixed_forward(layer: LoraLayer, rows: list[str]):
 
     def forward(x):
         result = base(x)
-        return result + ((x.to(a.dtype) @ a.T) * mask @ b).to(result.dtype)
+        # (rows x length, in) is one text after the other.
+        if len(x) % len(rows) or (x.dim() > 2 and len(x) != len(rows)):
+            raise WorkbookError("A mixed batch cannot be run on this base model: a layer of it is "
+                                "given tokens without their rows. Ask one adapter at a time.")
+        inner = (x.to(a.dtype) @ a.T).reshape(len(rows), -1, a.shape[0]) * mask
+        return result + (inner @ b).reshape(result.shape).to(result.dtype)
 
     return forward
 
@@ -269,7 +274,7 @@ def _few_rows(layer):
         rows = x.reshape(-1, x.shape[-1])
         if not 1 < len(rows) <= 16:
             return linear(x, weight, bias)
-        result = (weight @ rows.T).T.reshape(*x.shape[:-1], -1)
+        result = (weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
         return result if bias is None else result + bias
 
     return forward

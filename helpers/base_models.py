@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from helpers import WorkbookError, disk_errors, read_json, sha256
+from helpers import WorkbookError, disk_errors, probe, read_json, sha256
 from helpers.embedded import MANIFEST, fetch_embedded
 from helpers.registry import EMBEDDED, cache_dir, custom_adapters_dir, resolve  # noqa: F401
 
@@ -192,15 +195,34 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
 
 
 def lora_target_modules(model) -> list[str]:
-    """Names of the linear layers inside the transformer blocks, as LoRA's `target_modules`.
+    """Names of the linear layers that text passes through (`probe.plain_linear_layers`), as LoRA's
+    `target_modules`: q_proj … down_proj in Llama, query_key_value … dense_4h_to_h in BLOOM.
 
-    Found by walking the model: q_proj … down_proj in Llama, query_key_value … dense_4h_to_h in
-    BLOOM. The output head is left out: it is often tied to the embeddings.
+    Where other layers have the same last name, full names. Left out is also what PEFT refuses or
+    makes something else of: Mamba's out_proj, and names that were experts' in older checkpoints.
+    Raises WorkbookError when no layer is left.
     """
-    head = model.get_output_embeddings()
-    names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules()
-             if isinstance(module, torch.nn.Linear) and module is not head and "." in name]
-    return list(dict.fromkeys(names))
+    last = {name: name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    full = probe.plain_linear_layers(model)
+    kept = {name for name in {last[one] for one in full} if _stays_a_layer(model, name)}
+    full = [name for name in full if last[name] in kept]
+    others = {last[name] for name in last.keys() - set(full)}
+    if not full:
+        raise WorkbookError(f"{model.config.model_type} models cannot be trained here: none of "
+                            "their layers is a linear one that LoRA can be put on. Choose another "
+                            "base_model.")
+    return list(dict.fromkeys(name if last[name] in others else last[name] for name in full))
+
+
+def _stays_a_layer(model, name: str) -> bool:
+    """Whether PEFT 0.21 puts LoRA on the layers of this name themselves."""
+    config = LoraConfig(target_modules=[name], task_type="CAUSAL_LM")
+    try:
+        _check_lora_target_modules_mamba(config, model, name)
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:
+        return False
+    return config.target_modules == {name}
 
 
 if __name__ == "__main__":

@@ -234,8 +234,8 @@ def evaluation_table(evaluation: dict) -> list[str]:
     interval = "interval (Wilson's for shares)" if "wilson" in methods else "bootstrap interval"
     left_out = ""
     if evaluation.get("undecidable"):
-        left_out = (f" {evaluation['undecidable']} rows are left out of execution: no test "
-                    "database distinguishes their query from wrong ones.")
+        left_out = (f" Left out of execution: {evaluation['undecidable']} (no test database "
+                    "distinguishes their query from wrong ones).")
     return [f"On {evaluation['rows']:,} validation rows of {evaluation['source']}{measured}, "
             f"greedy decoding; mean with 95% {interval}.{left_out}", "",
             *markdown_table(["", *names], rows, numbers_from=1)]

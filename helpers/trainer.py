@@ -46,7 +46,7 @@ def completion_loss(model, inputs: dict, count=None, summed=None) -> torch.Tenso
     head = getattr(model, "module", model).get_output_embeddings()
     hook = head.register_forward_pre_hook(keep_scored)
     try:
-        logits = model(input_ids=inputs["input_ids"], use_cache=False, **_what_hides(inputs)).logits
+        logits = model(input_ids=inputs["input_ids"], use_cache=False, **what_hides(inputs)).logits
     finally:
         hook.remove()
     total = (summed or summed_cross_entropy)(logits, targets)
@@ -70,11 +70,12 @@ def scored_places(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return places, targets[places]
 
 
-def _what_hides(inputs: dict) -> dict:
-    """The padding mask, or for packed documents their positions and a mask that keeps them
-    apart."""
+def what_hides(inputs: dict) -> dict:
+    """The padding mask, or for packed documents their positions, and a mask that keeps them apart
+    where the batch numbers them. Without it transformers makes one of the positions."""
     if "document" not in inputs:
-        return {"attention_mask": inputs.get("attention_mask")}
+        return {name: inputs.get(name) for name in ("attention_mask", "position_ids")
+                if name in inputs or name == "attention_mask"}
     document = inputs["document"]
     length = document.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=document.device).tril()

@@ -23,7 +23,7 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from helpers import (METRICS, WorkbookError, base_models, data, disk_errors, read_json, sha256,
-                     write_json)
+                     probe, write_json)
 from helpers.fast import attention, packing, recorded
 from helpers.publishing import save_trained, training_record
 from helpers.recipes import FineTuneConfig
@@ -80,19 +80,27 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
 def check_fits(config: FineTuneConfig, model) -> list[str]:
     """The names of the linear layers that get an adapter. Raises WorkbookError for a recipe that
     this base model cannot follow."""
-    limit = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    limit = probe.most_tokens(model) or config.max_length
     if config.max_length > limit:
         raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} "
                             f"reads at most {limit}: lower max_length.")
+    probe.check(model)
     if config.packing == "documents":
-        packing.check_documents(model, config.base_model)
+        packing.takes_mask(model, config.base_model, config.max_length)
+    return target_modules(config, model)
+
+
+def target_modules(config: FineTuneConfig, model) -> list[str]:
+    """The names of the linear layers that get an adapter: those that the recipe chose of all."""
     found = base_models.lora_target_modules(model)
-    chosen = [name.strip() for name in (config.target_modules or "").split(",") if name.strip()]
-    for name in chosen:
-        if name not in found:
+    named = [name.strip() for name in (config.target_modules or "").split(",") if name.strip()]
+    chosen = [[one for one in found if f".{one}".endswith(f".{name}")] for name in named]
+    for name, layers in zip(named, chosen, strict=True):
+        if not layers:
+            has = ", ".join(dict.fromkeys(one.rsplit(".", 1)[-1] for one in found))
             raise WorkbookError(f"target_modules names {name!r}, which {config.base_model} does "
-                                f"not have: it has {', '.join(found)}.")
-    return chosen or found
+                                f"not have: it has {has}.")
+    return list(dict.fromkeys(sum(chosen, []))) or found
 
 
 def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, workers_on: str = "",
@@ -183,6 +191,10 @@ def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
           f"computing in {base_models.best_dtype()}.", flush=True)
     if config.validation_rows and not trainer.eval_dataset:
         print("There are no validation rows for a loss curve, so the last step will be kept.")
+    adapted, packed = probe.shares(trainer.model)
+    if adapted < 0.9 or config.precision == "4bit" and packed < 0.9:
+        print(f"LoRA adapts {adapted:.0%} of the blocks' weights, and {packed:.0%} are in 4 bits: "
+              "stacked experts and encoders of pictures stay as they are.", flush=True)
     if checkpoint:
         print(f"Going on from {checkpoint.name}.", flush=True)
 
@@ -201,10 +213,12 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     dataset = make_dataset(config, encoded)
     collator = data.Collator(tokenizer.pad_token_id)
     if packed:
-        shape = ()
+        shape = 0, 0
         if config.compile:  # batches of one shape: rows and places to score
             shape = config.batch_size, packing.most_scored(dataset["labels"], config.batch_size)
-        collator = packing.PackedCollator(tokenizer.pad_token_id, config.max_length, *shape)
+        mask = config.packing == "documents" and packing.takes_mask(
+            model, config.base_model, config.max_length)
+        collator = packing.PackedCollator(tokenizer.pad_token_id, config.max_length, *shape, mask)
     lora_model = _with_lora(config, model)
     if config.packing == "wrapped":
         attention.use_plain_causal_attention(model)
@@ -243,7 +257,7 @@ def _with_lora(config: FineTuneConfig, model):
         model.enable_input_require_grads()
     return get_peft_model(model, LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, bias="none",
-        task_type="CAUSAL_LM", target_modules=check_fits(config, model)))
+        task_type="CAUSAL_LM", target_modules=target_modules(config, model)))
 
 
 def _arguments(config: FineTuneConfig, rows: int, run_dir: Path, evaluated: bool) -> SFTConfig:
@@ -268,6 +282,7 @@ def _arguments(config: FineTuneConfig, rows: int, run_dir: Path, evaluated: bool
         fp16=cuda and base_models.best_dtype() == torch.float16,
         gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+        router_aux_loss_coef=0.0,  # frozen routers: its loss teaches nothing, and reads our masks
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         logging_steps=logged, save_strategy="steps", save_steps=config.checkpoint_steps,
         eval_strategy="steps" if evaluated else "no", eval_steps=config.checkpoint_steps,

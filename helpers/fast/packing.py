@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,8 @@ from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from torch.nn.functional import pad
 from trl import pack_dataset
 
-from helpers import WorkbookError
-from helpers.fast import bloom
-from helpers.trainer import next_tokens, scored_places
+from helpers import WorkbookError, probe
+from helpers.trainer import next_tokens, scored_places, what_hides
 
 STRATEGIES = {"documents": "bfd", "wrapped": "wrapped"}  # our name: TRL's
 
@@ -31,16 +30,32 @@ def pack(dataset: Dataset, length: int, packing: str) -> Dataset:
         enable_progress_bar()
 
 
-def check_documents(model, name: str) -> None:
-    """Raise WorkbookError for a model in which documents of one row would see each other.
+def takes_mask(model, name: str, max_length: int) -> bool:
+    """Whether a ready mask keeps documents of one row apart (True), or their positions do, of which
+    transformers makes a mask for each layer (False).
 
-    Positions and a mask keep them apart: the model must take positions, or have our ALiBi.
+    Found by trying: the head must be given the same for two documents in a row as for each alone.
+    The ready mask is tried first, as making one waits for the GPU. It hides nothing where attention
+    adds it (eager's), and switches sliding windows off: the documents are longer than those.
+    Raises WorkbookError where neither keeps them apart: recurrent layers carry their state on.
     """
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    if not takes_positions and model.config._attn_implementation != bloom.NAME:
-        raise WorkbookError(f"packing='documents' cannot be used with {name}: it takes no "
-                            "position_ids, so documents in one row would see each other. Use "
-                            "packing='none'.")
+    config = model.config.get_text_config(decoder=True).to_dict()
+    windows = [2 * value for name, value in config.items() if isinstance(value, int)
+               and re.search("window|chunk|local", name) and value < max_length]
+    ids = probe.sample_ids(model, 2, min(max_length, max([16, *windows])))
+    alone = probe.head_inputs(model, ids).flatten(0, 1)
+    numbers = torch.arange(ids.numel(), device=ids.device)[None]
+    batch = {"position_ids": numbers % ids.shape[1], "document": numbers // ids.shape[1]}
+    for mask in (True, False):
+        try:
+            packed = probe.head_inputs(model, ids.view(1, -1), **what_hides(batch))[0]
+        except WorkbookError:  # of a model that takes no such mask, or no positions
+            packed = torch.zeros_like(alone)
+        if not probe.apart(packed, alone, model.dtype):
+            return mask
+        batch.pop("document", None)
+    raise WorkbookError(f"packing='documents' cannot be used with {name}: documents in one row "
+                        "would see each other. Use packing='none'.")
 
 
 def most_scored(labels: list[list[int]], rows: int) -> int:
@@ -54,8 +69,9 @@ class PackedCollator:
     """Packed rows to a batch of a fixed width, so that every step has the same shapes.
 
     Rows with ``seq_lengths`` hold documents that stay apart: ``position_ids`` start at 0 in each,
-    and ``document`` numbers them; padding counts as one more, with no labels. Other rows are one
-    text each and get no mask: padding follows the text, so no token of the text sees it.
+    and with `mask` (see `takes_mask`) ``document`` numbers them; padding counts as one more, with
+    no labels. Other rows are one text each and get no mask: padding follows the text, so no token
+    of the text sees it.
     ``places`` are those to score, ``targets`` what each is scored on (-100: nothing). They are
     found here because looking for them on the GPU would make every step wait.
     With `rows` and `scored` all batches have one shape: a short batch is filled up with padding,
@@ -67,6 +83,7 @@ class PackedCollator:
     width: int
     rows: int = 0
     scored: int = 0
+    mask: bool = True
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         nothing = {"input_ids": [], "labels": [], "seq_lengths": []}
@@ -89,5 +106,5 @@ class PackedCollator:
                 positions.append(torch.cat([torch.arange(length) for length in lengths]))
                 documents.append(torch.repeat_interleave(torch.tensor(lengths)))
             batch["position_ids"] = torch.stack(positions)
-            batch["document"] = torch.stack(documents)
+            batch |= {"document": torch.stack(documents)} if self.mask else {}
         return batch
