@@ -58,8 +58,8 @@ Made from the adapter {name} (SHA-256 {sha256}), which was trained on {trained_o
 """
 WARNINGS = {
     "gguf-lora": " BASE.gguf is a GGUF file of that base model in any precision.",
-    "4bit": " The 4 bits are NF4. A merged model holds those weights, de-quantized; on other weights"
-            " of the base model the adapter answers a little differently."}
+    "4bit": " The 4 bits are NF4. A merged model holds those weights, de-quantized; on other "
+            "weights of the base model the adapter answers a little differently."}
 
 
 def export(plan: ExportPlan) -> Path:
