@@ -1,4 +1,4 @@
-"""Notebooks as jobs: ``python -m helpers.jobs list | run <job> | status``.
+"""Notebooks as jobs: ``python -m helpers.jobs list | run <job> | status | export <adapter>``.
 
 A job is a notebook of ``notebooks/jobs.yaml``. Names and types of its parameters are checked here,
 values by the job's own ``check``; then helpers.attempts runs the notebook.
@@ -24,9 +24,10 @@ from typing import NamedTuple
 import yaml
 
 from helpers import KINDS, ROOT, WorkbookError, closest, is_text, read_json
+from helpers.export_plan import plan_export
 from helpers.runs import find_unfinished, list_runs, seconds_since
 
-COMMANDS = ("list", "run", "status")
+COMMANDS = ("list", "run", "status", "export")
 SET_BY_JOB = ("run_dir", "resume")  # parameters that every notebook is given
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
@@ -233,10 +234,23 @@ def show_status(args: argparse.Namespace) -> int:
     return 0
 
 
+def export_adapter(args: argparse.Namespace, adapter: str = "") -> int:
+    given = dict(pair.split("=", 1) for pair in args.pairs)
+    for name in given:
+        if name not in ("base_model", "task"):
+            near = closest(name, ("base_model", "task"))
+            raise WorkbookError(f"export has no parameter {name!r}; {near}")
+    plan = plan_export(adapter, args.to, args.quantize, args.out, **given)
+    from helpers.export import export  # slow: it imports transformers
+
+    print(f"Exported: {export(plan)}")
+    return 0
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.jobs", allow_abbrev=False, description="Run notebooks as jobs.",
-        usage="%(prog)s list | [run] JOB [PATH] [options] | status")
+        usage="%(prog)s list | [run] JOB [PATH] [options] | status | export ADAPTER --to TARGET")
     add = parser.add_argument
     add("words", nargs="+", help=argparse.SUPPRESS)
     add("-p", dest="pairs", action="append", default=[], metavar="name=value", help="see list")
@@ -247,10 +261,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check everything, create nothing")
     add("--runs-dir", type=Path, metavar="DIR", help="where runs are kept (default: runs/)")
     add("--notebooks-dir", type=Path, help=argparse.SUPPRESS)
+    add("--to", help="export: merged, gguf, gguf-lora, modelfile or hub-folder")
+    add("--quantize", help="export: the weights of a GGUF file, f16 (default), f32 or q8_0")
+    add("--out", type=Path, help="export: a new folder (default: below runs/exports)")
     args = parser.parse_intermixed_args(argv)
     if args.words[0] == "run":
         del args.words[0]
-    if len(args.words) not in (1, 2) or (args.words[1:] and args.words[0] in COMMANDS):
+    if len(args.words) not in (1, 2) or (args.words[1:] and args.words[0] in COMMANDS[:3]):
         parser.error("give one job and at most one path")
     if not all("=" in pair for pair in args.pairs):
         parser.error("-p takes name=value, such as -p rank=8")
@@ -262,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.words == ["list"]:
             return show_jobs(args)
+        if args.words[0] == "export":
+            return export_adapter(args, *args.words[1:])
         return show_status(args) if args.words == ["status"] else run(args, *args.words)
     except WorkbookError as error:
         print(error, file=sys.stderr)
