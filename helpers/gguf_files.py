@@ -42,6 +42,8 @@ def check_gguf(config, tokenizer=None) -> None:
         wrong = f"that looks back only {window:,} tokens (sliding_window)"
     elif config.hidden_act != "silu":
         wrong = f"with the activation {config.hidden_act}"
+    elif config.model_type == "qwen3" and config.attention_bias:
+        wrong = "with attention_bias, which llama.cpp's Qwen 3 lacks"
     elif tokenizer is not None and pre_tokenizer(tokenizer) is None:
         wrong = f"with this kind of tokenizer (there are: {', '.join(PRE_TOKENIZERS)})"
     if wrong:
