@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import logging
 
 from helpers import (METRICS, WorkbookError, __version__, base_models, disk_errors, sha256,
                      write_json, write_text)
@@ -74,9 +75,9 @@ def export(plan: ExportPlan) -> Path:
         raise WorkbookError(f"The adapter in {plan.adapter} does not say what task it is for: name "
                             "the one whose prompt it expects with -p task=sql, for instance.")
     task = get_task(plan.task or info.task)
-    if plan.to == "hub-folder" and info.metrics is None:
-        raise WorkbookError(f"The adapter in {plan.adapter} has no {METRICS}, of which the card is "
-                            "made: publish it with notebook 04.")
+    if plan.to == "hub-folder" and not info.verified:
+        raise WorkbookError(f"The adapter in {plan.adapter} has no {METRICS} of this project, of "
+                            "which the card is made: publish it with notebook 04.")
     check_free(plan.out)
     with disk_errors(plan.out.parent, "the export"):
         plan.out.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +149,16 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
 def save_merged(model, tokenizer, task: Task, folder: Path) -> None:
     """Write an ordinary model folder. float16 keeps 11 bits of a weight, bfloat16 only 8: on the
     shipped SQL adapter the logits move 8 times less (notebook 10)."""
-    model.generation_config.update(do_sample=False, max_new_tokens=task.max_new_tokens)
-    model.to(torch.float16).save_pretrained(folder)
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=task.max_new_tokens, eos_token_id=sorted(ends),
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    logging.disable_progress_bar()
+    try:
+        model.to(torch.float16).save_pretrained(folder)
+    finally:
+        logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
 
 

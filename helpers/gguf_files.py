@@ -66,8 +66,10 @@ def pre_tokenizer(tokenizer) -> str | None:
             parts.append(part["pattern"].get("Regex"))
         else:
             parts.append(None)
-    known = [name for name, form in PRE_TOKENIZERS.items() if form == parts]
-    return known[0] if known and content["model"]["type"] == "BPE" else None
+    name = next((name for name, form in PRE_TOKENIZERS.items() if form == parts), None)
+    whole_words = name == "llama-bpe"  # llama.cpp takes a word of the vocabulary without merging
+    known = content["model"]["type"] == "BPE" and content["model"]["ignore_merges"] == whole_words
+    return name if known else None
 
 
 def write_model(model, tokenizer, path: Path, quantize: str = "f16") -> None:
