@@ -27,6 +27,8 @@ from helpers.recipes import check_free
 from helpers.registry import resolve
 from helpers.tasks import Task, get_task
 
+# It would say, whenever weights are de-quantized, in what type.
+logging.get_logger("transformers.integrations.bitsandbytes").setLevel("ERROR")
 # A server that asks for a chat is given the last message as it is: the whole prompt belongs there.
 RAW_CHAT = "{{ messages[-1]['content'] }}"
 SERVERS = {  # target: the commands that a person types inside the folder, and the server's port
@@ -138,7 +140,7 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
     precision = precision or trained_precision(info)
     model, tokenizer = base_models.load(base_model, precision, "cpu", torch.float32)
     if precision == "4bit":
-        model = model.dequantize(torch.float32)
+        model = model.dequantize()
     with torch.no_grad():
         for module in info.modules:
             a, b = lora_pair(tensors, module)

@@ -46,10 +46,11 @@ def prompts(count: int = 20) -> list[str]:
 
 
 def under_llama(model: Path, lora: Path | None = None):
-    """llama.cpp in this process, listening nowhere: a function of token ids that answers greedily, as `here` does."""
+    """llama.cpp in this process (it listens on loopback only): a function of token ids that answers greedily, as `here` does."""
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = str(model), 1024, 1, 1
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # else float16
     settings.verbosity, settings.warmup = -1, False
     if lora:
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
@@ -58,8 +59,9 @@ def under_llama(model: Path, lora: Path | None = None):
     def answer(prompt: list[int] | str, tokens: int) -> tuple[list[int], dict[int, float]]:
         said = server.handle_completions({"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "top_k": 1,
                                           "logprobs": 3, "cache_prompt": False})
-        content = said["choices"][0]["logprobs"]["content"]
-        return [one["id"] for one in content], {one["id"]: one["logprob"] for one in content[0]["top_logprobs"]}
+        content = (said["choices"][0]["logprobs"] or {"content": []})["content"]  # none: it ended at once
+        first = content[0]["top_logprobs"] if content else []
+        return [one["id"] for one in content], {one["id"]: one["logprob"] for one in first}
 
     return answer
 
@@ -232,7 +234,8 @@ def test_a_merged_folder_gives_the_logits_of_base_and_adapter(llamas, tmp_path):
         batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         with torch.inference_mode():
             ours, theirs = model(**batch).logits, merged(**batch).logits
-        assert (ours - theirs).abs().max() < 0.01 * ours.std()
+        apart = (ours - theirs).abs() / ours.std()
+        assert apart.mean() < 0.01 and apart.max() < 0.1  # rounding to float16
     assert merged.generation_config.max_new_tokens == TASKS["sql"].max_new_tokens and not merged.generation_config.do_sample
     assert tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False) == prompt
 
@@ -249,7 +252,7 @@ def test_an_adapter_of_a_4bit_base_is_merged_into_the_weights_that_it_was_traine
         merged, _ = export.merged_model(info, tensors, str(llamas / "base"), precision)
         with torch.inference_mode():
             apart[precision] = (merged(**batch).logits - trained(**batch).logits).abs().max().item()
-    assert apart[None] < 1e-2 < 10 * apart[None] < apart["full"], apart
+    assert apart[None] < 1e-2 and apart["full"] > 1, apart
     assert not hasattr(merged.config, "quantization_config")
 
 
@@ -347,10 +350,11 @@ def test_an_adapter_must_say_its_task_or_be_told(llamas, tmp_path):
     make_adapter(llamas / "base", tmp_path / "mine")
     plan = lambda **options: plan_export(tmp_path / "mine", "gguf-lora", None, tmp_path / "out", str(llamas / "base"), **options)
     assert "does not say what task it is for" in refused(lambda: export.export(plan()))
+    assert "no metrics.json" in refused(lambda: export.export(replace(plan(task="sql"), to="hub-folder")))
     assert read_json(export.export(plan(task="detox")) / "export.json")["prompt_template"] == TASKS["detox"].template
-    assert "no metrics.json" in refused(lambda: export.export(replace(plan(task="sql"), to="hub-folder", out=tmp_path / "hub")))
     edit(tmp_path / "mine", use_dora=True)
-    assert "use_dora" in refused(lambda: export.export(replace(plan(task="sql"), out=tmp_path / "dora")))
+    plan = plan_export(tmp_path / "mine", "gguf-lora", None, tmp_path / "dora", str(llamas / "base"), "sql")
+    assert "use_dora" in refused(lambda: export.export(plan))
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -374,7 +378,7 @@ def test_the_command_refuses_in_one_sentence_before_anything_is_loaded(arguments
     assert said in error and "\n" not in error and error.endswith((".", "?"))
 
 
-def test_the_command_exports(tmp_path, jobs):
-    done = jobs("export", SQL, "--to", "gguf-lora", "--out", tmp_path / "out")
+def test_the_command_exports(llamas, tmp_path, jobs):
+    done = jobs("export", llamas / "mine", "--to", "gguf-lora", "--out", tmp_path / "out", "-p", f"base_model={llamas / 'base'}")
     assert done.returncode == 0 and re.fullmatch(rf"Exported: {re.escape(str(tmp_path / 'out'))}\n", done.stdout), done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "export.json", "sql-lora-f16.gguf"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "export.json", "mine-lora-f16.gguf"]
