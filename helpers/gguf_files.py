@@ -31,15 +31,13 @@ PRE_TOKENIZERS = {"gpt-2": ["bytes+words"], "smollm": ["digits", "bytes+words"],
 def check_gguf(config, tokenizer=None) -> None:
     """Refuse a model whose GGUF form is not proved. config: transformers' config of the model.
     Raises WorkbookError that says what is in the way."""
-    rope = config.rope_parameters["rope_type"] if hasattr(config, "rope_parameters") else "none"
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-    wrong = None
+    wrong, reach = None, getattr(config, "max_position_embeddings", 0)
     if config.model_type not in ARCHITECTURES:
         wrong = f"of the architecture {config.model_type} (there are: {', '.join(ARCHITECTURES)})"
-    elif rope != "default":
+    elif (rope := config.rope_parameters["rope_type"]) != "default":
         wrong = f"with scaled rotary positions ({rope})"
-    elif window < config.max_position_embeddings:
-        wrong = f"that looks back only {window:,} tokens (sliding_window)"
+    elif (getattr(config, "sliding_window", None) or reach) < reach:
+        wrong = f"that looks back only {config.sliding_window:,} tokens (sliding_window)"
     elif config.hidden_act != "silu":
         wrong = f"with the activation {config.hidden_act}"
     elif config.model_type == "qwen3" and config.attention_bias:

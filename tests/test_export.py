@@ -333,7 +333,7 @@ def test_an_export_is_whole_or_not_there_and_overwrites_nothing(llamas, tmp_path
 
 
 @pytest.mark.parametrize("kind, changes, said", [
-    ("gemma", dict(head_dim=16), "architecture gemma"),
+    ("gemma", dict(head_dim=16), "architecture gemma"), ("bloom", {}, "architecture bloom"),
     ("mistral", dict(sliding_window=128), "looks back only 128 tokens"),
     ("qwen2", dict(use_sliding_window=True, sliding_window=128, max_window_layers=0), "looks back only 128 tokens"),
     ("qwen3", dict(attention_bias=True), "attention_bias"),
