@@ -1,4 +1,4 @@
-"""Notebooks as jobs: ``python -m helpers.jobs list | run <job> | status | check <rows>``.
+"""Notebooks as jobs: ``python -m helpers.jobs list | run <job> | status | check | export``.
 
 A job is a notebook of ``notebooks/jobs.yaml``. Names and types of its parameters are checked here,
 values by the job's own ``check``; then helpers.attempts runs the notebook.
@@ -24,9 +24,10 @@ from typing import NamedTuple
 import yaml
 
 from helpers import KINDS, ROOT, WorkbookError, closest, is_text, read_json
+from helpers.export_plan import plan_export
 from helpers.runs import find_unfinished, list_runs, seconds_since
 
-COMMANDS = ("list", "run", "status", "check")
+COMMANDS = ("list", "run", "status", "check", "export")
 SET_BY_JOB = ("run_dir", "resume")  # parameters that every notebook is given
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
@@ -235,23 +236,40 @@ def show_status(args: argparse.Namespace) -> int:
 
 def check_rows(args: argparse.Namespace, source: str) -> int:
     """Print what the rows of a source are like, before anything is trained on them."""
+    given = _options(args, "base_model", "max_length")
+    if "max_length" in given:
+        given["max_length"] = convert(Parameter("max_length", 512, int, ""), given["max_length"])
     from helpers.preflight import check_source  # slow: it imports transformers
 
-    known = read_parameters(ROOT / "notebooks" / "04_fine_tune.ipynb")
-    values = {}
-    for name, text in (pair.split("=", 1) for pair in args.pairs):
-        if name not in ("base_model", "max_length"):
-            raise WorkbookError(f"check has no parameter {name!r}: it takes base_model and "
-                                "max_length.")
-        values[name] = convert(known[name], text)
-    print("\n".join(check_source(args.task, source, **values)))
+    print("\n".join(check_source(args.task, source, **given)))
     return 0
+
+
+def export_adapter(args: argparse.Namespace, adapter: str) -> int:
+    """Write an adapter in a form that other tools read."""
+    plan = plan_export(adapter, args.to, args.quantize, args.out,
+                       **_options(args, "base_model", "task"))
+    from helpers.export import export  # slow: it imports transformers
+
+    print(f"Exported: {export(plan)}")
+    return 0
+
+
+def _options(args: argparse.Namespace, *allowed: str) -> dict[str, str]:
+    """The -p of a command that is no job. Raises WorkbookError for one that it does not take."""
+    given = dict(pair.split("=", 1) for pair in args.pairs)
+    for name in given:
+        if name not in allowed:
+            raise WorkbookError(f"{args.words[0]} has no parameter {name!r}; "
+                                f"{closest(name, allowed)}")
+    return given
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.jobs", allow_abbrev=False, description="Run notebooks as jobs.",
-        usage="%(prog)s list | [run] JOB [PATH] [options] | status | check ROWS --task TASK")
+        usage="%(prog)s list | [run] JOB [PATH] [options] | status | check ROWS --task TASK | "
+              "export ADAPTER --to TARGET")
     add = parser.add_argument
     add("words", nargs="+", help=argparse.SUPPRESS)
     add("-p", dest="pairs", action="append", default=[], metavar="name=value", help="see list")
@@ -263,19 +281,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", help="check: the task that the rows (a file, practice or hub) are for")
     add("--runs-dir", type=Path, metavar="DIR", help="where runs are kept (default: runs/)")
     add("--notebooks-dir", type=Path, help=argparse.SUPPRESS)
+    add("--to", help="export: merged, gguf, gguf-lora, modelfile or hub-folder")
+    add("--quantize", help="export: the weights of a GGUF file, f16 (default), f32 or q8_0")
+    add("--out", type=Path, help="export: a new folder (default: below runs/exports)")
     args = parser.parse_intermixed_args(argv)
     if args.words[0] == "run":
         del args.words[0]
-    if args.words[0] == "check":
-        if len(args.words) != 2 or not args.task:
-            parser.error("check takes one file of rows and --task, such as --task sql")
-    elif args.task:
-        parser.error("--task belongs to check")
-    elif len(args.words) not in (1, 2) or (args.words[1:] and args.words[0] in COMMANDS):
-        parser.error("give one job and at most one path")
-    if not all("=" in pair for pair in args.pairs):
-        parser.error("-p takes name=value, such as -p rank=8")
+    if wrong := _misused(args):
+        parser.error(wrong)
     return args
+
+
+def _misused(args: argparse.Namespace) -> str:
+    """What is wrong with how words and options go together, or nothing."""
+    command, paths = (args.words or [""])[0], len(args.words) - 1
+    if command in ("check", "export") and paths != 1:
+        return f"{command} takes one path"
+    if paths not in (0, 1) or (paths and command in ("list", "status")):
+        return "give one job and at most one path"
+    if not all("=" in pair for pair in args.pairs):
+        return "-p takes name=value, such as -p rank=8"
+    for option, owner in (("task", "check"), ("to", "export"), ("quantize", "export"),
+                          ("out", "export")):
+        if getattr(args, option) is not None and command != owner:
+            return f"--{option} belongs to {owner}"
+    return "check needs --task, such as --task sql" if command == "check" and not args.task else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -285,7 +315,8 @@ def main(argv: list[str] | None = None) -> int:
             return show_jobs(args)
         if args.words == ["status"]:
             return show_status(args)
-        return check_rows(args, args.words[1]) if args.task else run(args, *args.words)
+        command = {"check": check_rows, "export": export_adapter}.get(args.words[0])
+        return command(args, args.words[1]) if command else run(args, *args.words)
     except WorkbookError as error:
         print(error, file=sys.stderr)
         return 2

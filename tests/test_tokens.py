@@ -181,7 +181,7 @@ def test_the_command_prints_the_preflight_alone(jobs, tmp_path):
     assert done.returncode == 0 and "score flatters: 1." in done.stdout, done.stderr
     assert not (tmp_path / "runs").exists()
     for arguments, said in ((("check", path), "--task"), (("check", path, "--task", "sqk"), "did you mean sql"),
-                            (("check", path, "--task", "sql", "-p", "rank=8"), "takes base_model and max_length"),
+                            (("check", path, "--task", "sql", "-p", "rank=8"), "check has no parameter 'rank'"),
                             (("check", tmp_path / "none.jsonl", "--task", "sql"), "not an existing file"),
                             (("run", "sql", "--task", "sql"), "--task belongs to check")):
         done = jobs(*arguments)
