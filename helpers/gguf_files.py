@@ -14,6 +14,7 @@ import torch
 
 from helpers import WorkbookError
 from helpers.adapter_files import AdapterInfo
+from helpers.data import prompt_ids
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 KINDS = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,
@@ -168,7 +169,7 @@ def _close(writer: gguf.GGUFWriter) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer, size: int) -> None:
-    """Vocabulary and merges. The prompt's tokens stand as they are: nothing is put before them."""
+    """Vocabulary, merges, and whether BOS stands before a prompt, as in training."""
     kinds = gguf.TokenType
     tokens = [f"[PAD{number}]" for number in range(size)]  # rows of the embedding without a token
     types = [kinds.UNUSED] * size
@@ -185,5 +186,5 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer, size: int) -> None:
     for name in ("bos", "eos", "pad", "unk"):
         if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(prompt_ids(tokenizer, "") == [tokenizer.bos_token_id])
     writer.add_chat_template(tokenizer.chat_template or "")
