@@ -85,9 +85,13 @@ def _refusal(model, reason: str) -> WorkbookError:
 
 def apart(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether two results differ by more than the rounding of `dtype`: on average over the places,
-    by more than 0.1% of a place's length (16 bits: 3%)."""
+    by more than 0.1% of a place's length (16 bits: 15%).
+
+    On one H200 rounding in bfloat16 alone moved 8B shapes by up to 4% and the embedded base by 3%;
+    documents that see each other move both by 50% and more.
+    """
     change = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
-    return not change.mean() < (1e-3 if dtype == torch.float32 else 0.03)
+    return not change.mean() < (1e-3 if dtype == torch.float32 else 0.15)
 
 
 def plain_linear_layers(model) -> list[str]:
