@@ -209,9 +209,10 @@ class Trial:
         self.folder, self.base = folder, folder / f"tiny-{name}"
         self.tokenizer = make_tokenizer(kind)
         made = make_model(name, self.tokenizer)
-        self.made = self.logits(made)
         made.save_pretrained(self.base)
         self.tokenizer.save_pretrained(self.base)
+        self.tokenizer = base_models.load_tokenizer(str(self.base))
+        self.made = self.logits(made)
         self.rows = data.Rows(ROWS, "rows of this test", "none", len(ROWS))
         self.adapters = []
 
@@ -225,7 +226,8 @@ class Trial:
             return model(self.ids([prompt])["input_ids"], use_cache=False).logits
 
     def ids(self, prompts: list[str]):
-        return self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        ids = [data.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        return self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
 
     def load(self):
         self.model, self.tokenizer = base_models.load(str(self.base), dtype=torch.float32)
