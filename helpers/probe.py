@@ -34,6 +34,8 @@ def check(model) -> None:
         left = _written(model, torch.cat([padding, short], 1), mask[2:].flip(1))
         head_inputs(model.train(), ids)  # some do other things then
     model.eval()
+    if not torch.isfinite(written).all():
+        raise _refusal(model, "its results are not finite numbers, so its weights may not be")
     if apart(changed[:-1], whole[:-1], model.dtype):
         raise _refusal(model, "a token in this one sees those that follow it")
     if apart(padded[:12], alone, model.dtype) or apart(left, written, model.dtype):

@@ -16,6 +16,7 @@ from helpers import (
     generation,
     preflight,
     recipes,
+    trainer,
     training,
 )
 from helpers.tasks import TASKS
@@ -68,13 +69,14 @@ def test_what_the_tokenizer_puts_first_stands_before_every_prompt(variant):
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
-def test_a_base_with_bos_is_trained_and_asked_with_it(variant, tmp_path, packing):
+def test_a_base_with_bos_is_trained_and_asked_with_it(variant, tmp_path, packing, monkeypatch):
     base = variant(f"bos-{packing}", bos_first=True)
     config = recipes.FineTuneConfig.from_parameters(task="sql", base_model=base, max_rows=32, max_steps=2, packing=packing)
-    seen, rows, (model, tokenizer) = [], data.load_rows("sql", n=32), base_models.load(base)
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    training.train(config, rows, model, tokenizer, tmp_path / "run")
-    assert seen and all((ids[:, 0] == BOS).all() for ids in seen)
+    seen, real = [], trainer.completion_loss
+    monkeypatch.setattr(trainer, "completion_loss", lambda model, batch, *rest, **more: seen.append(batch["input_ids"]) or real(
+        model, batch, *rest, **more))
+    training.train(config, *training.load_inputs(config), tmp_path / "run")
+    assert len(seen) == 2 and all((ids[:, 0] == BOS).all() for ids in seen)
 
 
 def test_special_token_text_has_no_power():

@@ -448,13 +448,16 @@ def test_rows_longer_than_the_context_end_in_one_sentence(tiny, tmp_path, jobs):
     assert not list((tmp_path / "adapters").glob("*"))
 
 
-def test_a_run_that_diverges_ends_with_its_step_and_publishes_nothing(tiny, tmp_path):
-    """One infinite weight in the base model; a learning rate that no training survives has the same end."""
+def test_a_run_that_diverges_ends_with_its_step_and_publishes_nothing(tiny, tmp_path, monkeypatch):
+    """One infinite weight in the base model: seen before training, and if it were not, by the loss."""
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     weights = load_file(broken / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] = float("inf")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WorkbookError, match="results are not finite numbers, so its weights may not be"):
+        train(config(broken, precision="full"), tmp_path / "refused")
+    monkeypatch.setattr("helpers.probe.check", lambda model: None)
     with pytest.raises(WorkbookError, match=r"diverged: at step \d+ the (loss|grad_norm) is (nan|inf).*learning_rate"):
         train(config(broken, precision="full"), tmp_path / "run")
     assert not (tmp_path / "run" / "trained").exists()
