@@ -66,7 +66,7 @@ class AdapterBank:
         return time.perf_counter() - start
 
     def unload(self, name: str) -> None:
-        """Remove an adapter and free its memory. If it was active, the base model is afterwards."""
+        """Remove an adapter and free its memory. If it was active, the base model is made so."""
         with self._lock:
             key = self.key(name)
             del self.adapters[name]
@@ -142,7 +142,8 @@ class AdapterBank:
 
     def swap(self, name: str | None) -> float:
         """Make an adapter (None: the base model) the active one, after the answer that is being
-        written. Returns the seconds it took. Raises WorkbookError for an unknown adapter."""
+        written. Returns the seconds that it took, without that wait; PEFT's own `active_adapter`
+        stays as it was. Raises WorkbookError for an unknown adapter."""
         with self._lock:
             key = self.key(name)  # under the lock: a refresh in another thread may just unload it
             start = time.perf_counter()

@@ -28,12 +28,14 @@ POOL = 4
 def completion_loss(model, inputs: dict, count=None, summed=None) -> torch.Tensor:
     """Cross-entropy over the scored places, computing the output head only there.
 
-    The head is a quarter of a small model's arithmetic, and its logits (places x vocabulary) most
-    of its memory; a prompt's places need neither. A hook in front of the head drops them inside the
-    model's own forward, so it works for every architecture and under DistributedDataParallel.
+    The head takes a quarter of a small model's arithmetic, and its logits (places x vocabulary)
+    take most of the memory. A prompt's places need neither. A hook in front of the head drops them
+    inside the model's own forward, so it works for every architecture and under
+    DistributedDataParallel.
 
     inputs: a batch of data.Collator or fast.packing.PackedCollator, which has found the places.
-    count: what the sum is divided by (default: the scored places here). summed: the cross-entropy.
+    count: what the sum is divided by (default: the scored places here). summed: the function that
+    sums the cross-entropy (default: `summed_cross_entropy`).
     """
     if "targets" in inputs:
         places, targets = inputs.get("places", slice(None)), inputs["targets"]
@@ -60,7 +62,7 @@ def summed_cross_entropy(logits, targets) -> torch.Tensor:
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """What each place is scored on: labels (rows, length) -> (rows x length,), -100 for nothing."""
+    """The target of each place is its next label, or -100: (rows, length) -> (rows x length,)."""
     return pad(labels[:, 1:], (0, 1), value=-100).flatten()
 
 
@@ -96,7 +98,7 @@ class LengthSampler(TrainerCallback):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate's loaders do not reach a sampler behind both a skip and a shard.
+        # accelerate does not call set_epoch where it both skips batches (a resume) and shards.
         self.set_epoch(int(state.epoch or 0))
 
     def set_epoch(self, epoch: int) -> None:
@@ -210,8 +212,8 @@ class Progress(TrainerCallback):
         return self.before + time.perf_counter() - self.begin
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        # Looked at where it is logged: a look at every step would wait for the GPU each time. In
-        # float16 a gradient that overflows is ordinary: its step is skipped.
+        # Divergence is looked for at logged steps: at every step it would wait for the GPU. In
+        # float16 a gradient that overflows is ordinary, and its step is skipped.
         for name in ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",))):
             if not math.isfinite((logs or {}).get(name, 0.0)):
                 raise WorkbookError(f"Training has diverged: at step {state.global_step} the "

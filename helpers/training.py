@@ -136,8 +136,8 @@ def load_inputs(config: FineTuneConfig):
 
 
 def world_size() -> int:
-    """How many workers train. Raises WorkbookError where another launcher's variables speak of
-    more."""
+    """How many workers train. Raises WorkbookError if WORLD_SIZE says more than one, but this
+    process is in no group."""
     if distributed.is_initialized():
         return distributed.get_world_size()
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -311,7 +311,7 @@ def main(run_dir: str) -> None:
     settings = read_json(known)
     definition = {name: tuple(value) if isinstance(value, list) else value
                   for name, value in settings["task_definition"].items()}
-    register(Task(**definition))  # one that a reader registered is known to the notebook alone
+    register(Task(**definition))  # a worker does not know a task that the notebook registered
     fields = [field.name for field in dataclasses.fields(FineTuneConfig)]
     config = FineTuneConfig(**{name: settings[name] for name in fields})
     inputs = load_inputs(config)  # before the group forms: it waits long for a slow disk or network
