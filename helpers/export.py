@@ -185,7 +185,8 @@ def hub_card(record: dict, notes: str) -> str:
     results = [EvalResult(
         task_type="text-generation", dataset_type=task, metric_type=name,
         dataset_name=f"{evaluation['rows']} rows of {evaluation['source']}",
-        metric_value=metric["value"]) for name, metric in evaluation.get("adapter", {}).items()]
+        metric_value=round(metric["value"], 3))
+        for name, metric in evaluation.get("adapter", {}).items()]
     free = base.licence == "Apache-2.0"
     licence = {"license": "apache-2.0"} if free else {"license": "other",
                                                       "license_name": base.licence}
