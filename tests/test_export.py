@@ -295,7 +295,7 @@ def test_a_hub_folder_is_the_adapter_with_a_card_that_the_hub_reads(tmp_path):
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and card.data.license == "apache-2.0"
     assert card.data.library_name == "peft" and card.data.tags == ["lora"]
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert measured == {name: metric["value"] for name, metric in record["evaluation"]["adapter"].items()}
+    assert measured == {name: round(metric["value"], 3) for name, metric in record["evaluation"]["adapter"].items()}
     assert "hf upload" in card.text and TASKS["sql"].template in card.text and "## Measured" in card.text
     assert read_json(out / "export.json")["adapter"]["rank"] == 8
 
