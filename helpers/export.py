@@ -7,7 +7,6 @@ tests/test_export.py and notebook 10 run: llama.cpp, in the process.
 """
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,8 +20,9 @@ from helpers import (METRICS, WorkbookError, __version__, base_models, disk_erro
                      write_json, write_text)
 from helpers.adapter_files import CONFIG, WEIGHTS, AdapterInfo, read_tensors
 from helpers.export_plan import ExportPlan
+from helpers.generation import end_ids
 from helpers.gguf_files import check_gguf, lora_pair, write_lora, write_model
-from helpers.publishing import model_card
+from helpers.publishing import model_card, put_in_place
 from helpers.recipes import check_free
 from helpers.registry import resolve
 from helpers.tasks import Task, get_task
@@ -89,9 +89,7 @@ def export(plan: ExportPlan) -> Path:
             staging = Path(temporary) / plan.out.name
             staging.mkdir()
             _write(plan, info, tensors, task, staging)
-            if plan.out.is_dir():
-                plan.out.rmdir()  # empty, as checked
-            os.replace(staging, plan.out)
+            put_in_place(staging, plan.out)
     return plan.out
 
 
@@ -153,10 +151,9 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
 def save_merged(model, tokenizer, task: Task, folder: Path) -> None:
     """Write an ordinary model folder. float16 keeps 11 bits of a weight, bfloat16 only 8: on the
     shipped SQL adapter the logits move 8 times less (notebook 10)."""
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=task.max_new_tokens, eos_token_id=sorted(ends),
+        do_sample=False, max_new_tokens=task.max_new_tokens,
+        eos_token_id=sorted(end_ids(model, tokenizer)),
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
     logging.disable_progress_bar()
     try:

@@ -38,8 +38,8 @@ def plan_export(adapter: Path | str, to: str | None, quantize: str | None = None
         raise WorkbookError(f"--to is {to!r}; {closest(to, WEIGHTS_OF)}")
     possible = WEIGHTS_OF[to]
     if quantize not in (None, *possible):
-        raise WorkbookError(f"--quantize is {quantize!r}: --to {to} writes {' or '.join(possible)}."
-                            )
+        raise WorkbookError(f"--quantize is {quantize!r}: --to {to} writes "
+                            f"{' or '.join(possible)}.")
     adapter = Path(adapter).expanduser().absolute()
     if not (adapter / "adapter_config.json").is_file():
         raise WorkbookError(f"{adapter} holds no adapter_config.json: give the folder of a trained "

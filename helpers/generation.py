@@ -108,8 +108,7 @@ def write_batch(model, tokenizer, prompts: list[str] | list[list[int]], stop_tex
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     batch = tokenizer.pad({"input_ids": asked}, padding_side="left", return_attention_mask=True,
                           return_tensors="pt").to(model.device)
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    ends = end_ids(model, tokenizer)
     pad, width = tokenizer.pad_token_id, batch["input_ids"].shape[1]
     watch = _Watch(tokenizer, width, stop_text, on_text, halt)
     with torch.inference_mode():
@@ -124,6 +123,12 @@ def write_batch(model, tokenizer, prompts: list[str] | list[list[int]], stop_tex
         answers.append(Answer(None, prompt, text, tokens, 0.0, watch.first_seconds, seconds,
                               watch.stopped))
     return answers
+
+
+def end_ids(model, tokenizer) -> set[int]:
+    """The tokens that end a text: the tokenizer's and those of the model's generation config."""
+    own = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 class _Watch(StoppingCriteria):

@@ -7,7 +7,7 @@ import unicodedata
 from collections import defaultdict
 
 from helpers import base_models
-from helpers.data import encode, load_splits, words
+from helpers.data import encode, load_splits, prompt_ids, words
 from helpers.recipes import FineTuneConfig
 from helpers.tasks import Task, get_task
 
@@ -35,24 +35,24 @@ def preflight(task: Task, train: list[dict], validation: list[dict], tokenizer,
     counts = {"train": len(train), "validation": len(validation), "tokens": 0, "scored_tokens": 0,
               **dict.fromkeys(FINDINGS, 0)}
     targets = defaultdict(list)  # of training, by the prompt's words
-    for row in train:
-        known = targets[words(task.prompt(row))]
-        counts["duplicates"] += task.completion(row) in known
-        known.append(task.completion(row))
-        labels = encode(tokenizer, task.prompt(row), task.completion(row))["labels"]
-        fits = len(labels) <= max_length
-        counts["too_long"] += not fits
-        counts["tokens"] += len(labels) * fits
-        counts["scored_tokens"] += sum(label != -100 for label in labels) * fits
-    counts["contradicted"] = sum(len(set(known)) > 1 for known in targets.values())
-    counts["leaked"] = sum(words(task.prompt(row)) in targets for row in validation)
     special = [str(one) for one in tokenizer.added_tokens_decoder.values() if one.special]
-    for row in [*train, *validation]:
-        text = task.prompt(row) + task.completion(row)
-        answer = encode(tokenizer, [], task.completion(row))["input_ids"]
-        counts["cut_targets"] += len(answer) > task.max_new_tokens
-        counts["special"] += any(token in text for token in special)
-        counts["other_script"] += task.name in ENGLISH_JUDGES and _mostly_not_latin(text)
+    for number, row in enumerate([*train, *validation]):
+        prompt, target = task.prompt(row), task.completion(row)
+        scored = len(encode(tokenizer, [], target)["input_ids"])
+        counts["cut_targets"] += scored > task.max_new_tokens
+        counts["special"] += any(token in prompt + target for token in special)
+        counts["other_script"] += task.name in ENGLISH_JUDGES and _mostly_not_latin(prompt + target)
+        if number >= len(train):
+            counts["leaked"] += words(prompt) in targets
+            continue
+        counts["duplicates"] += target in targets[words(prompt)]
+        targets[words(prompt)].append(target)
+        length = len(prompt_ids(tokenizer, prompt)) + scored
+        counts["too_long"] += length > max_length
+        if length <= max_length:
+            counts["tokens"] += length
+            counts["scored_tokens"] += scored
+    counts["contradicted"] = sum(len(set(known)) > 1 for known in targets.values())
     return counts
 
 

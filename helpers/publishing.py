@@ -111,11 +111,16 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
             shutil.copytree(run_dir / "trained", staging)
             write_record(staging, record)
             read_adapter(staging, record["config"]["base_model"])  # as whoever loads it will
-            if adapter_dir.is_dir():
-                adapter_dir.rmdir()  # empty, as checked
-            os.replace(staging, adapter_dir)
+            put_in_place(staging, adapter_dir)
         write_json(run_dir / METRICS, {**record, "adapter": adapter_dir.name})
     return adapter_dir
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Rename a finished folder to its own name, at which nothing may be but an empty folder."""
+    if folder.is_dir():
+        folder.rmdir()
+    os.replace(staging, folder)
 
 
 def write_record(folder: Path, record: dict) -> None:

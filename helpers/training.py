@@ -108,8 +108,7 @@ def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, worker
     """`train` in a group of processes, here or where `workers_on` says (workers.read_place).
 
     Each worker loads rows and base model for itself, and finds the validation rows in the run's
-    folder. Returns the run's record. Raises WorkbookError
-    as `train` and `workers.launch` do.
+    folder. Returns the run's record. Raises WorkbookError as `train` and `workers.launch` do.
     """
     run_dir = Path(run_dir).resolve()
     _open_run(config, run_dir, workers, resume, validation)
