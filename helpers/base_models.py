@@ -14,7 +14,8 @@ from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers, convert_peft_config_for_transformers)
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
@@ -199,13 +200,15 @@ def lora_target_modules(model) -> list[str]:
     `target_modules`: q_proj … down_proj in Llama, query_key_value … dense_4h_to_h in BLOOM.
 
     Where other layers have the same last name, full names. Left out is also what PEFT refuses or
-    makes something else of: Mamba's out_proj, and names that were experts' in older checkpoints.
+    makes something else of: Mamba's out_proj, names that were experts' in older checkpoints, and
+    layers whose weights PEFT would look for under another name when it loads them (Laguna's shared
+    experts).
     Raises WorkbookError when no layer is left.
     """
     last = {name: name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     full = probe.plain_linear_layers(model)
     kept = {name for name in {last[one] for one in full} if _stays_a_layer(model, name)}
-    full = [name for name in full if last[name] in kept]
+    full = _found_again(model, [name for name in full if last[name] in kept])
     others = {last[name] for name in last.keys() - set(full)}
     if not full:
         raise WorkbookError(f"{model.config.model_type} models cannot be trained here: none of "
@@ -223,6 +226,15 @@ def _stays_a_layer(model, name: str) -> bool:
     except ValueError:
         return False
     return config.target_modules == {name}
+
+
+def _found_again(model, names: list[str]) -> list[str]:
+    """Those of the layers whose LoRA weights have the same name in a file and, for PEFT 0.21, in
+    the model: it renames what transformers renames in older checkpoints."""
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    found = convert_peft_adapter_state_dict_for_transformers(
+        model, LoraConfig(target_modules=names), {key: torch.empty(0) for key in keys})
+    return [name for key, name in keys.items() if key in found]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ tried, because a step before it was not ok. Each model runs in a process of its 
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -39,13 +40,20 @@ from helpers.bank import AdapterBank  # noqa: E402
 from helpers.fast import packing  # noqa: E402
 from helpers.generation import Settings, generate  # noqa: E402
 from helpers.recipes import FineTuneConfig  # noqa: E402
-from helpers.tasks import get_task  # noqa: E402
+from helpers.scoring import evaluate, score  # noqa: E402
+from helpers.tasks import TASKS, get_task  # noqa: E402
 from helpers.trainer import completion_loss, what_hides  # noqa: E402
 
-STEPS = ["load", "4bit", "none", "documents", "wrapped", "publish", "swap", "mixed", "merge", "generate"]
+STEPS = ["load", "4bit", "none", "documents", "wrapped", "publish", "swap", "mixed", "merge", "generate", "evaluate"]
 ROWS = [{"toxic": f"this silly text number {i} is {'very ' * (i % 5)}bad", "neutral": f"text {i} is not {'so ' * (i % 3)}good"}
         for i in range(24)]
 PROMPTS = [get_task("detox").prompt(row) for row in ROWS[:4]]
+EVALUATED = {
+    "detox": ROWS[:2],
+    "sql": [{"context": "CREATE TABLE t (a INTEGER, b VARCHAR)", "question": question, "answer": answer} for question, answer in (
+        ("Which b has a over 3?", "SELECT b FROM t WHERE a > 3"), ("How many?", "SELECT COUNT(*) FROM t"))],
+    "instruct": [{"instruction": "Say yes.", "input": "", "response": "Yes."},
+                 {"instruction": "Repeat this.", "input": "One two", "response": "One two"}]}
 SPARE = 16  # tokens beyond the tokenizer's, as padded vocabularies and pictures have them
 
 # --- tiny models
@@ -355,9 +363,23 @@ class Trial:
         single = [generate(self.model, self.tokenizer, [prompt], 6)[0] for prompt in PROMPTS]
         need(several == single, f"a batch's answers {several} are not the single ones {single}")
 
+    def evaluate(self):
+        """Base and adapters scored on rows of the three tasks, as notebook 04 does it: a batch is scored as its rows are alone."""
+        for name, task in TASKS.items():
+            task, rows = dataclasses.replace(task, max_new_tokens=5), EVALUATED[name]
+            right = score(task, [task.completion(row) for row in rows], rows)
+            need([row[task.metric] for row in right] == [1, 1], f"{name}: references score {right}")
+            for adapter in (None, *self.bank.adapters):
+                with self.bank.using(adapter) as model:
+                    got = evaluate(task, model, self.tokenizer, rows)
+                    alone = [evaluate(task, model, self.tokenizer, [row]) for row in rows]
+                for key in ("answers", "scores"):
+                    need(got[key] == sum([one[key] for one in alone], []), f"{name}: {key} {got[key]} are not those of the rows alone")
+
 
 # Steps that need others before them; all but "load" need that one.
-NEEDS = {"4bit": {"load"}, "publish": {"none"}, "swap": {"publish"}, "mixed": {"swap"}, "merge": {"swap"}, "generate": {"none"}}
+NEEDS = {"4bit": {"load"}, "publish": {"none"}, "swap": {"publish"}, "mixed": {"swap"}, "merge": {"swap"}, "generate": {"none"},
+         "evaluate": {"swap"}}
 
 
 def try_all(name: str, kind: str, steps: list[str], say) -> None:
