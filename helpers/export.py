@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from helpers import (METRICS, WorkbookError, __version__, base_models, disk_errors, sha256,
@@ -136,15 +137,22 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
     precision: the base weights to merge into (None: those that the adapter was trained on). "4bit"
     means NF4 weights that are de-quantized again: the weights whose errors the adapter learned to
     live with. Notebook 10 measures what the other choice changes.
+    Raises WorkbookError where adapted layers share their weights.
     """
     precision = precision or trained_precision(info)
     model, tokenizer = base_models.load(base_model, precision, "cpu", torch.float32)
     if precision == "4bit":
         model = model.dequantize()
+    layers = [model.get_submodule(module) for module in info.modules]
+    if len({id(layer.weight) for layer in layers}) < len(layers):  # Zamba's attention
+        raise WorkbookError(f"The adapter in {info.folder} cannot be merged: layers of "
+                            f"{base_model} share their weights, and the adapter changes each in "
+                            "its own way. Export it with --to hub-folder.")
     with torch.no_grad():
-        for module in info.modules:
+        for module, layer in zip(info.modules, layers, strict=True):
             a, b = lora_pair(tensors, module)
-            model.get_submodule(module).weight += info.scaling * b.float() @ a.float()
+            update = info.scaling * b.float() @ a.float()
+            layer.weight += update.T if isinstance(layer, Conv1D) else update  # GPT-2's [in, out]
     return model, tokenizer
 
 

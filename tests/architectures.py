@@ -34,7 +34,7 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-from helpers import WorkbookError, base_models, data, publishing, training  # noqa: E402 (helpers quiets bitsandbytes)
+from helpers import WorkbookError, base_models, data, export, publishing, training  # noqa: E402 (helpers quiets bitsandbytes)
 from helpers.adapter_files import read_tensors  # noqa: E402
 from helpers.bank import AdapterBank  # noqa: E402
 from helpers.fast import packing  # noqa: E402
@@ -81,7 +81,8 @@ LEFT_OUT = ("id2label", "label2id", "per_layer_config")
 # What rules do not find: settings that depend on each other.
 DROP = object()
 BY_NAME = {
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": None},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}, "full_attention": None}},
     "bamba": {"attn_layer_indices": [1], "layers_block_type": DROP, "layer_types": DROP},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": DROP, "layer_types": DROP},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -93,7 +94,12 @@ BY_NAME = {
     "mamba2": {"num_heads": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32]},
-    "zamba2": {"n_mamba_heads": 4},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+                       "indexer_compress_ratio": 16, "linear_num_value_heads": 4, "hc_lowrank": 16},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128,
+              "attention_head_dim": 32},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
+               "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 4},
     "xmod": {"default_language": "en_XX"},
 }
 
@@ -354,8 +360,7 @@ class Trial:
 
     def merge(self):
         info = self.adapters[0]
-        fresh, _ = base_models.load(str(self.base), dtype=torch.float32)
-        merged = peft.PeftModel.from_pretrained(fresh, info.folder).merge_and_unload().eval()
+        merged, _ = export.merged_model(*read_tensors(info.folder, str(self.base)), str(self.base))
         same(self.logits(merged), self.expected[info.name], "the merged model's logits")
 
     def generate(self):
@@ -400,7 +405,7 @@ def try_all(name: str, kind: str, steps: list[str], say) -> None:
                 done.add(step)
                 say(step, "ok")
             except WorkbookError as refusal:
-                say(step, "refused: " + re.sub(r"/\S*/tiny-", "tiny-", str(refusal)))
+                say(step, "refused: " + re.sub(r"/\S*/(tiny-|adapter-)", r"\1", str(refusal)))
             except Exception as error:
                 say(step, f"FAULT: {first_line(error)}")
                 traceback.print_exc()

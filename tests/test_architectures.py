@@ -8,7 +8,7 @@ import pytest
 from helpers import WorkbookError, base_models, probe, training
 from helpers.fast import packing
 
-STEPS = ["load", "none", "documents", "publish", "swap", "mixed", "generate"]
+STEPS = ["load", "none", "documents", "publish", "swap", "mixed", "merge", "generate"]
 LATER = STEPS[3:]
 # What is refused, where not every step is ok, and the words that say why.
 REFUSED = {"bert": ("none documents", "sees those that follow it"),
@@ -67,3 +67,14 @@ def test_the_share_that_lora_reaches_is_said(gemma3, capsys):
     text = sum(weight.numel() for name, weight in gemma3.model.named_parameters() if "language_model.layers" in name)
     every = sum(weight.numel() for weight in gemma3.model.parameters()) - gemma3.model.get_input_embeddings().weight.numel()
     assert abs(int(said[1]) / 100 - text / every) < 0.02, "LoRA adapts all of the text's layers but their norms"
+
+
+@pytest.mark.parametrize("name, left_out", [("laguna", "shared_experts"), ("inkling2_text", "sconv")])
+def test_layers_that_peft_would_load_under_another_name_get_no_lora(name, left_out, tmp_path):
+    trial = architectures.Trial(name, "ours", tmp_path)
+    trial.load()
+    assert [one for one in probe.plain_linear_layers(trial.model) if left_out in one]
+    assert not [one for one in base_models.lora_target_modules(trial.model) if left_out in one]
+    trial.none()
+    trial.publish()
+    trial.swap()  # against what PEFT loads from the same files
