@@ -153,7 +153,7 @@ def config_of(args, folder: str, **changes):
 
         args.base_model = make_tiny(Path(folder, "tiny-llama"))
     settings = {"task": "sql", "base_model": str(args.base_model), "max_steps": args.steps, "max_rows": args.max_rows,
-                "precision": args.precision, "checkpoint_steps": 5, **changes}
+                "precision": args.precision, "learning_rate": args.learning_rate, "checkpoint_steps": 5, **changes}
     return recipes.FineTuneConfig.from_parameters(**settings)
 
 
@@ -247,6 +247,7 @@ def main() -> None:
             sub.add_argument("--base-model", default="smollm2-135m-instruct", help="or tiny")
             sub.add_argument("--precision", choices=["full", "4bit"], default="full")
             sub.add_argument("--max-rows", type=int, default=320)
+            sub.add_argument("--learning-rate", type=float, help="a large one makes differences of rounding grow")
         if name == "kills":
             sub.add_argument("--cycles", type=int, default=20)
             sub.add_argument("--until", type=float, default=2.0, help="seconds after the first checkpoint, at most")
