@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
@@ -105,8 +106,17 @@ def read_adapter(folder: Path | str, base_name: str = EMBEDDED) -> AdapterInfo:
 
 def read_tensors(folder: Path | str, base_name: str = EMBEDDED) -> tuple[AdapterInfo, dict]:
     """As `read_adapter`, with the tensors by name. What is used is what was checked: one read."""
-    try:
+    with sentences(folder):
         return _read(Path(folder), base_name)
+
+
+@contextmanager
+def sentences(folder: Path | str):
+    """Turn a Fault, or what the disk says, into a WorkbookError that names the folder."""
+    try:
+        if not Path(folder).is_dir():
+            raise WorkbookError(f"There is no adapter folder {folder}: check the path.")
+        yield
     except (Fault, OSError) as error:
         reason = error if isinstance(error, Fault) else f"cannot be read: {error}"
         raise WorkbookError(f"The adapter in {folder} {reason}.") from error
@@ -149,13 +159,11 @@ def discover(base_name: str = EMBEDDED, prebuilt: Path | None = None,
 # --- checks, in the order in which `_read` makes them
 
 def _read(folder: Path, base_name: str) -> tuple[AdapterInfo, dict]:
-    if not folder.is_dir():
-        raise WorkbookError(f"There is no adapter folder {folder}: check the path.")
     name = folder.resolve().name
     if not re.fullmatch(r"\w[\w .+@=-]{0,99}", name):
         raise WorkbookError(f"The adapter folder name {name!r:.80} cannot be shown safely: rename "
                             "it with letters, digits, dots and dashes (at most 100).")
-    config = _read_json(folder, CONFIG)
+    config = read_object(folder, CONFIG)
     _check_settings(config)
     _check_base(config, base_name)
     modules = target_modules(config, base_name)
@@ -163,7 +171,7 @@ def _read(folder: Path, base_name: str) -> tuple[AdapterInfo, dict]:
     alphas = per_layer(config, "alpha_pattern", config["lora_alpha"], modules, check_alpha)
     whole = whole_tensors(config, read_header(folder), modules, base_name)
     content, tensors = _read_weights(folder, layer_tensors(config, modules, ranks) | whole)
-    metrics = _read_json(folder, METRICS) if os.path.lexists(folder / METRICS) else None
+    metrics = read_object(folder, METRICS) if os.path.lexists(folder / METRICS) else None
     noted, digest = (metrics or {}).get("weights_sha256"), hashlib.sha256(content).hexdigest()
     need(noted in (None, digest), f"has a {WEIGHTS} that has changed since {METRICS} was written "
          "(its SHA-256 differs): copy the whole folder again")
@@ -181,9 +189,9 @@ def _open_itself(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
-def _read_file(folder: Path, name: str, limit: int, whole: bool = True) -> bytes:
+def read_bytes(folder: Path, name: str, limit: int, whole: bool = True) -> bytes:
     """The content of a regular file of at most `limit` bytes that really lies in the folder.
-    whole False: its first `limit` bytes."""
+    whole False: its first `limit` bytes. Raises Fault, a sentence without its subject."""
     path = folder / name
     need(os.path.lexists(path), f"has no {name}: copy the whole folder again")
     need(path.is_file() and not path.is_symlink(), f"cannot be used, because its {name} is a link "
@@ -195,9 +203,10 @@ def _read_file(folder: Path, name: str, limit: int, whole: bool = True) -> bytes
     return content
 
 
-def _read_json(folder: Path, name: str) -> dict:
+def read_object(folder: Path, name: str) -> dict:
+    """The content of a file that holds a JSON object. Raises Fault."""
     try:
-        content = json.loads(_read_file(folder, name, MAX_JSON_BYTES))
+        content = json.loads(read_bytes(folder, name, MAX_JSON_BYTES))
     except (ValueError, RecursionError) as bad:
         raise Fault(f"has a {name} that is not valid JSON ({bad!s:.80}): copy it again") from bad
     need(isinstance(content, dict), f"has a {name} that is not a JSON object: copy it again")
@@ -245,19 +254,22 @@ def _canonical(name: str) -> str:
 
 def read_header(folder: Path, name: str = WEIGHTS) -> dict[str, dict]:
     """What a safetensors file says of its tensors, ``{name: {"dtype", "shape"}}``; no numbers are
-    read. Raises Fault, a sentence without its subject."""
+    read. Raises Fault."""
     pickled = "adapter_model.bin"
     need(os.path.lexists(folder / name) or not (folder / pickled).exists(),
          f"holds pickled weights ({pickled}), which can run code when they are opened: have "
           f"whoever made it save {name}")
     damaged = f"has a damaged or cut {name} (%s): copy the whole folder again"
-    length = int.from_bytes(_read_file(folder, name, 8, whole=False), "little")
+    length = int.from_bytes(read_bytes(folder, name, 8, whole=False), "little")
     need(length <= MAX_HEADER_BYTES, damaged % "header too large")
     try:
-        header = json.loads(_read_file(folder, name, 8 + length, whole=False)[8:])
+        header = json.loads(read_bytes(folder, name, 8 + length, whole=False)[8:])
         header.pop("__metadata__", None)
-        return {_canonical(key): {"dtype": entry["dtype"], "shape": entry["shape"]}
-                for key, entry in header.items()}
+        found = {_canonical(key): {"dtype": entry["dtype"], "shape": entry["shape"]}
+                 for key, entry in header.items()}
+        need(all(type(size) is int for one in found.values() for size in one["shape"]), damaged
+             % "a shape is no list of numbers")
+        return found
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as bad:
         raise Fault(damaged % f"{bad!s:.80}") from bad
 
@@ -266,7 +278,7 @@ def _read_weights(folder: Path, expected: dict[str, list[int]]) -> tuple[bytes, 
     """The file's bytes and its tensors, if they are exactly those, and finite."""
     again = "copy the whole folder again"
     numbers = sum(math.prod(shape) for shape in expected.values())
-    content = _read_file(folder, WEIGHTS, 4 * numbers + MAX_HEADER_BYTES)
+    content = read_bytes(folder, WEIGHTS, 4 * numbers + MAX_HEADER_BYTES)
     try:
         loaded = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
