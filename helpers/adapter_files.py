@@ -21,7 +21,7 @@ from safetensors.torch import load
 from helpers import METRICS, ROOT, WorkbookError, base_models
 from helpers.adapter_layers import (LAYERS, MAX_RANK, Fault, check_alpha, check_rank,  # noqa: F401
                                     extras, layer_shapes, layer_tensors, need, per_layer, places,
-                                    target_modules, whole_tensors)
+                                    target_modules, token_rows, whole_tensors)
 from helpers.registry import EMBEDDED, custom_adapters_dir, resolve
 
 PREBUILT = ROOT / "adapters" / "prebuilt"
@@ -36,7 +36,8 @@ _IGNORED = {
     "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size", "merge_weights",
     "fan_in_fan_out",  # PEFT sets it where a layer (GPT-2's) keeps its weights so
     "loftq_config", "eva_config", "lora_ga_config"}
-_READ = {*LAYERS, "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias"}
+_READ = {*LAYERS, "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias",
+         "trainable_token_indices"}
 _ALLOWED = {
     "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"),
     "bias": (None, "none", "all", "lora_only"),
@@ -52,7 +53,8 @@ class AdapterInfo:
     linear layers; parameters: trained numbers; bytes and sha256: of the weights file; verified:
     metrics.json holds that SHA-256; metrics: its content, or None; ranks and alphas: of layers
     that have others; whole: base parameters that the adapter replaces, each with its tensor's name;
-    extras: what it is beside plain LoRA, in words (none: it swaps by a pointer and can be mixed).
+    rows: the tokens of a tensor that replaces a few rows only; extras: what it is beside plain
+    LoRA, in words (none: it can be mixed).
     """
 
     name: str
@@ -70,6 +72,7 @@ class AdapterInfo:
     ranks: dict[str, int] = field(default_factory=dict, repr=False, hash=False)
     alphas: dict[str, float] = field(default_factory=dict, repr=False, hash=False)
     whole: dict[str, str] = field(default_factory=dict, repr=False, hash=False)
+    rows: tuple[int, ...] = ()
     extras: tuple[str, ...] = ()
 
     @property
@@ -82,6 +85,17 @@ class AdapterInfo:
         own = replace(self, rank=self.ranks.get(module, self.rank),
                       alpha=self.alphas.get(module, self.alpha))
         return own.scaling
+
+    def replacement(self, tensor: torch.Tensor, own: torch.Tensor) -> torch.nn.Parameter:
+        """What acts in the place of the base model's own parameter, in its type, without gradients.
+        Raises WorkbookError where that is packed in 4 bits."""
+        weight = tensor.to(own.device, own.dtype if own.is_floating_point() else None)
+        if self.rows and len(weight) == len(self.rows) and own.shape[1:] == weight.shape[1:]:
+            weight = own.detach().index_copy(0, torch.tensor(self.rows).to(own.device), weight)
+        if weight.shape != own.shape:
+            raise WorkbookError(f"The adapter {self.name} replaces weights that are packed in 4 "
+                                "bits here: load the base model with precision='full'.")
+        return torch.nn.Parameter(weight, requires_grad=False)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -179,6 +193,7 @@ def _read(folder: Path, base_name: str) -> tuple[AdapterInfo, dict]:
         name=name, title=name, folder=folder.resolve(), rank=config["r"],
         alpha=config["lora_alpha"], ranks=ranks, alphas=alphas,
         whole=places(config, whole, base_name), extras=extras(config, whole),
+        rows=tuple(token_rows(config, base_name)[1]),
         use_rslora=config.get("use_rslora") is True, modules=tuple(modules),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=len(content), sha256=digest, verified=noted is not None, metrics=metrics), tensors

@@ -157,16 +157,39 @@ def whole_tensors(config: dict, header: dict, modules: dict, base_name: str) -> 
             need(not more, f"holds {stored and stored[0]} token vectors in {name}, and this base "
                  f"model has {shape[0]}: tokens were added, which are not run here; merge it where "
                  "it was made, with its tokenizer, and use the merged model as base_model")
+    name, rows = token_rows(config, base_name)
+    if rows:
+        found[_delta(name)] = [len(rows), tables[0].weight.shape[1]]
     return found
+
+
+def _delta(name: str) -> str:
+    """The tensor of trained rows of a parameter."""
+    return f"{PREFIX}{name.removesuffix('weight')}token_adapter.trainable_tokens_delta"
+
+
+def token_rows(config: dict, base_name: str) -> tuple[str, list[int]]:
+    """The parameter with the token vectors, and which rows of it trainable_token_indices trained
+    (none where there is no such setting)."""
+    model, given = skeleton(base_name), config.get("trainable_token_indices") or []
+    table = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is table)
+    one = not isinstance(given, dict) or (len(given) == 1 and name.endswith(tuple(given)))
+    rows = [*given.values()][0] if isinstance(given, dict) and one else given
+    need(one and isinstance(rows, list) and len({*map(str, rows)}) == len(rows)
+         and all(type(row) is int and 0 <= row < len(table.weight) for row in rows),
+         f"has trainable_token_indices {given!r:.80}, which must be different tokens of {name}: "
+         "merge it where it was made")
+    return f"{name}.weight", rows
 
 
 def places(config: dict, whole: dict, base_name: str) -> dict[str, str]:
     """``{base parameter: whole tensor}``: its own parameter, and where PEFT makes no copy of the
     module (modules_to_save), those that are tied to it."""
     named = dict(skeleton(base_name).named_parameters(remove_duplicate=False))
-    found = {}
+    table, found = token_rows(config, base_name)[0], {}
     for tensor in whole:
-        own = tensor.removeprefix(PREFIX)
+        own = table if tensor == _delta(table) else tensor.removeprefix(PREFIX)
         alone = saved_whole(config, own.rpartition(".")[0])
         found |= {name: tensor for name, parameter in named.items()
                   if name == own or (parameter is named[own] and not alone)}
@@ -176,6 +199,7 @@ def places(config: dict, whole: dict, base_name: str) -> dict[str, str]:
 def extras(config: dict, whole: dict) -> tuple[str, ...]:
     """What an adapter is beside plain LoRA, in words."""
     kinds = {DORA: config.get("use_dora"), LORA_BIAS: config.get("lora_bias")}
+    whole = [name.replace(".token_adapter.", ".") for name in whole]
     for *_, module, last in (name.split(".") for name in whole):
         kinds["biases" if last == "bias" else f"its own {module}"] = True
     return tuple(kind for kind, there in kinds.items() if there)

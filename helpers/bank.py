@@ -137,12 +137,8 @@ class AdapterBank:
         kept, made = {}, {}
         for place, tensor in info.whole.items():
             own = self._own.get(place, getattr(*self._place(place)))
-            if own.shape != tensors[tensor].shape:
-                raise WorkbookError(f"The adapter {info.name} replaces {place}, which is packed in "
-                                    "4 bits here: load the base model with precision='full'.")
             if tensor not in made:
-                weight = tensors[tensor].to(own.device, own.dtype)
-                made[tensor] = torch.nn.Parameter(weight, requires_grad=False)
+                made[tensor] = info.replacement(tensors[tensor], own)
             self._own[place], kept[place] = own, made[tensor]
         self._whole[key] = kept
 

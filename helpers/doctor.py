@@ -64,8 +64,8 @@ def convert(folder: Path | str, out: Path | str, base: str | None = None) -> Pat
 
     rsLoRA becomes an alpha, patterns become a rank and an alpha per layer, MLX's names and those of
     wrappers PEFT's. What MLX saved as DoRA becomes PEFT's DoRA. base: as in `diagnose`; if given,
-    it is also the base model that the new folder names. Raises WorkbookError where it cannot be exact,
-    as `read_adapter`, for an `out` that holds something, and a full disk.
+    it is also the base model that the new folder names. Raises WorkbookError as `read_adapter`,
+    where plain LoRA would not be exact, for an `out` that holds something, and a full disk.
     """
     folder, out = Path(folder), Path(out).expanduser().absolute()
     check_free(out)

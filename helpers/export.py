@@ -173,8 +173,8 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
 def replace_whole(model, info: AdapterInfo, tensors: dict) -> None:
     """Give a model the weights that an adapter replaces (`AdapterInfo.whole`), and note it where
     token vectors and head are then no longer one."""
-    made = {tensor: torch.nn.Parameter(tensors[tensor].float(), requires_grad=False)
-            for tensor in info.whole.values()}
+    made = {tensor: info.replacement(tensors[tensor], model.get_parameter(place))
+            for place, tensor in info.whole.items()}
     for place, tensor in info.whole.items():
         module, _, name = place.rpartition(".")
         setattr(model.get_submodule(module), name, made[tensor])

@@ -32,6 +32,7 @@ RUN = {
     "dora": (dict(use_dora=True), ("DoRA",)),
     "dora-head": (dict(use_dora=True, rank_pattern={"q_proj": 2}, modules_to_save=["lm_head"]), ("DoRA", "its own lm_head")),
     "embeddings": (dict(modules_to_save=["embed_tokens", "lm_head"]), ("its own embed_tokens", "its own lm_head")),
+    "tokens": (dict(trainable_token_indices=[5, 6, 300]), ("its own embed_tokens",)),
     "norm": (dict(modules_to_save=["model.norm"]), ("its own norm",)),
     "bloom-biases": (dict(**BLOOM, bias="all"), ("biases",)),
     "bloom-lora-bias": (dict(**BLOOM, lora_bias=True), ("biases in LoRA",)),
@@ -186,7 +187,7 @@ def mlx(zoo: Path, tiny: Path, folder: Path, kind: str = "lora", **parameters) -
     saved = {}
     for name, tensor in tensors.items():
         old = next(ending for ending in names if name.endswith(ending))
-        saved[name.removeprefix("base_model.model.").replace(old, names[old])] = tensor.T.contiguous()
+        saved[name.removeprefix("base_model.model.").replace(old, names[old])] = tensor.T.contiguous() if tensor.dim() == 2 else tensor
     save_file(saved, folder / doctor.MLX, {"format": "mlx"})
     config = {"fine_tune_type": kind, "model": "mlx-community/tiny-4bit", "num_layers": 2, "adapter_path": "adapters",
               "lora_parameters": {"rank": 4, "dropout": 0.0, "scale": info.scaling, **parameters}}
@@ -232,7 +233,7 @@ def test_what_is_no_plain_lora_is_only_merged(zoo, tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
-@pytest.mark.parametrize("name", ["patterns", "dora-head", "embeddings", "bloom-lora-bias", "bloom-biases"])
+@pytest.mark.parametrize("name", ["patterns", "dora-head", "embeddings", "tokens", "bloom-lora-bias", "bloom-biases"])
 def test_a_merged_model_gives_pefts_logits(name, zoo, tiny, tiny_bloom, tmp_path, banks):
     from transformers import AutoModelForCausalLM
 
@@ -241,7 +242,7 @@ def test_a_merged_model_gives_pefts_logits(name, zoo, tiny, tiny_bloom, tmp_path
     assert torch.allclose(logits(model, banks[base]), pefts(base, zoo / name, banks[base]), atol=2e-4)
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert logits(again, banks[base]).equal(logits(model, banks[base]))  # heads that are no longer tied, too
+    assert torch.allclose(logits(again, banks[base]), logits(model, banks[base]), atol=1e-4)  # untied heads, too
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -341,11 +342,13 @@ def test_what_mlx_writes_otherwise_is_refused(parameters, words, zoo, tiny, tmp_
     assert words in refused(lambda: doctor.diagnose(folder, str(tiny)))
 
 
-def test_the_command_judges_and_converts(zoo, tiny, tmp_path, jobs):
+def test_the_command_judges_and_converts(zoo, tiny, tmp_path, capsys):
+    from helpers import jobs
+
     folder = mlx(zoo, tiny, tmp_path / "mlx")
-    done = jobs("doctor", folder, "--base", tiny, "--convert", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "was made by MLX" in done.stdout and done.stdout.endswith(f"Converted: {tmp_path / 'out'}\n")
+    assert jobs.main(["doctor", str(folder), "--base", str(tiny), "--convert", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "was made by MLX" in printed and printed.endswith(f"Converted: {tmp_path / 'out'}\n")
     assert adapters.read_adapter(tmp_path / "out", str(tiny)).extras == ()
 
 
