@@ -3,7 +3,6 @@
 Read are its JSON and its safetensors, within bounds; nothing in it is run, and no pickle is opened.
 """
 
-import json
 import math
 import re
 import tempfile

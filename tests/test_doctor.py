@@ -1,10 +1,12 @@
 """Adapters from elsewhere: each is read, judged, and run as PEFT runs it or refused in a sentence; what is converted is exact."""
 
+import copy
 import json
 import os
 import re
 import shutil
 import struct
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -41,9 +43,14 @@ RUN = {
 }
 
 
+@lru_cache
+def loaded(base: Path):
+    return base_models.load(str(base))[0]
+
+
 def foreign(base: Path, folder: Path, **settings) -> Path:
     """An adapter as PEFT itself saves it, all of its trained numbers moved at random."""
-    model, _ = base_models.load(str(base))
+    model = copy.deepcopy(loaded(base))
     config = LoraConfig(**{**dict(r=4, lora_alpha=8, target_modules=MODULES, task_type="CAUSAL_LM"), **settings})
     model = get_peft_model(model, config)
     torch.manual_seed(len(folder.name))
@@ -84,9 +91,10 @@ def banks(tiny, tiny_bloom) -> dict:
     return {base: adapters.AdapterBank(str(base)) for base in (tiny, tiny_bloom)}
 
 
+@lru_cache
 def pefts(base: Path, folder: Path, bank) -> torch.Tensor:
     """The logits of PEFT itself on a fresh base model."""
-    return logits(PeftModel.from_pretrained(base_models.load(str(base))[0], folder).eval(), bank)
+    return logits(PeftModel.from_pretrained(copy.deepcopy(loaded(base)), folder).eval(), bank)
 
 
 def said(folder: Path, base: Path | None) -> str:
@@ -250,7 +258,7 @@ def test_a_merged_model_gives_pefts_logits(name, zoo, tiny, tiny_bloom, tmp_path
 
 def grown(tiny: Path, folder: Path) -> Path:
     """Three tokens were added before training: PEFT saves both tables whole."""
-    model, _ = base_models.load(str(tiny))
+    model = copy.deepcopy(loaded(tiny))
     model.resize_token_embeddings(model.config.vocab_size + 3)
     get_peft_model(model, LoraConfig(r=4, target_modules=MODULES, task_type="CAUSAL_LM")).save_pretrained(folder)
     return folder
