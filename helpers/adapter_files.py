@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
@@ -16,26 +17,30 @@ from pathlib import Path, PureWindowsPath
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from helpers import METRICS, ROOT, WorkbookError, base_models
+from helpers.adapter_layers import (LAYERS, MAX_RANK, Fault, check_alpha, check_rank,  # noqa: F401
+                                    extras, layer_shapes, layer_tensors, need, per_layer, places,
+                                    target_modules, token_rows, whole_tensors)
 from helpers.registry import EMBEDDED, custom_adapters_dir, resolve
 
 PREBUILT = ROOT / "adapters" / "prebuilt"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-MAX_RANK, MAX_JSON_BYTES = 1024, 1_000_000
+MAX_JSON_BYTES = 1_000_000
 MAX_HEADER_BYTES = 10_000_000  # an adapter of 210 layers has a header of 55 kB
 
-# Settings of PEFT's LoraConfig that change nothing when a trained adapter is only used, and those
-# that may have some values. Any other one must be empty: DoRA, biases, layers of different rank …
+# Settings of PEFT's LoraConfig that change nothing when a trained adapter is only used, those that
+# are read below, and those that may have some values. Any other one must be empty.
 _IGNORED = {
     "base_model_name_or_path", "revision", "peft_version", "inference_mode", "r", "lora_alpha",
-    "lora_dropout", "target_modules", "use_rslora", "megatron_core", "qalora_group_size",
+    "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size", "merge_weights",
     "fan_in_fan_out",  # PEFT sets it where a layer (GPT-2's) keeps its weights so
     "loftq_config", "eva_config", "lora_ga_config"}
+_READ = {*LAYERS, "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias",
+         "trainable_token_indices"}
 _ALLOWED = {
-    "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": (None, "none"),
+    "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"),
+    "bias": (None, "none", "all", "lora_only"),
     # PiSSA, OLoRA and others change the base model's own weights.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
 
@@ -46,7 +51,10 @@ class AdapterInfo:
 
     name: unique among what `discover` finds; title: for people; modules: full names of the adapted
     linear layers; parameters: trained numbers; bytes and sha256: of the weights file; verified:
-    metrics.json holds that SHA-256; metrics: its content, or None.
+    metrics.json holds that SHA-256; metrics: its content, or None; ranks and alphas: of layers
+    that have others; whole: base parameters that the adapter replaces, each with its tensor's name;
+    rows: the tokens of a tensor that replaces a few rows only; extras: what it is beside plain
+    LoRA, in words (none: it can be mixed).
     """
 
     name: str
@@ -61,11 +69,33 @@ class AdapterInfo:
     sha256: str
     verified: bool
     metrics: dict | None = field(repr=False, compare=False)
+    ranks: dict[str, int] = field(default_factory=dict, repr=False, hash=False)
+    alphas: dict[str, float] = field(default_factory=dict, repr=False, hash=False)
+    whole: dict[str, str] = field(default_factory=dict, repr=False, hash=False)
+    rows: tuple[int, ...] = ()
+    extras: tuple[str, ...] = ()
 
     @property
     def scaling(self) -> float:
         """alpha / rank (LoRA, arXiv:2106.09685, 4.1) or alpha / sqrt(rank) (arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """The scaling of one layer."""
+        own = replace(self, rank=self.ranks.get(module, self.rank),
+                      alpha=self.alphas.get(module, self.alpha))
+        return own.scaling
+
+    def replacement(self, tensor: torch.Tensor, own: torch.Tensor) -> torch.nn.Parameter:
+        """What acts in the place of the base model's own parameter, in its type, without gradients.
+        Raises WorkbookError where that is packed in 4 bits."""
+        weight = tensor.to(own.device, own.dtype if own.is_floating_point() else None)
+        if self.rows and len(weight) == len(self.rows) and own.shape[1:] == weight.shape[1:]:
+            weight = own.detach().index_copy(0, torch.tensor(self.rows).to(own.device), weight)
+        if weight.shape != own.shape:
+            raise WorkbookError(f"The adapter {self.name} replaces weights that are packed in 4 "
+                                "bits here: load the base model with precision='full'.")
+        return torch.nn.Parameter(weight, requires_grad=False)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -90,10 +120,19 @@ def read_adapter(folder: Path | str, base_name: str = EMBEDDED) -> AdapterInfo:
 
 def read_tensors(folder: Path | str, base_name: str = EMBEDDED) -> tuple[AdapterInfo, dict]:
     """As `read_adapter`, with the tensors by name. What is used is what was checked: one read."""
-    try:
+    with sentences(folder):
         return _read(Path(folder), base_name)
-    except (_Fault, OSError) as error:
-        reason = error if isinstance(error, _Fault) else f"cannot be read: {error}"
+
+
+@contextmanager
+def sentences(folder: Path | str):
+    """Turn a Fault, or what the disk says, into a WorkbookError that names the folder."""
+    try:
+        if not Path(folder).is_dir():
+            raise WorkbookError(f"There is no adapter folder {folder}: check the path.")
+        yield
+    except (Fault, OSError) as error:
+        reason = error if isinstance(error, Fault) else f"cannot be read: {error}"
         raise WorkbookError(f"The adapter in {folder} {reason}.") from error
 
 
@@ -131,49 +170,30 @@ def discover(base_name: str = EMBEDDED, prebuilt: Path | None = None,
     return Discovered(found, problems)
 
 
-@lru_cache(maxsize=8)
-def layer_shapes(base_name: str = EMBEDDED) -> dict[str, tuple[int, int]]:
-    """The linear layers of a base model's blocks, ``{full name: (out, in)}``. Do not change it."""
-    folder = base_models.fetch(base_name, quiet=True)
-    with torch.device("meta"):  # shapes only
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    head = model.get_output_embeddings()
-    shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules()
-              if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head}
-    return {name: shape[::-1] if isinstance(model.get_submodule(name), Conv1D) else shape
-            for name, shape in shapes.items()}
-
-
 # --- checks, in the order in which `_read` makes them
 
-class _Fault(Exception):
-    """What is wrong with an adapter and what to do: a sentence without its subject."""
-
-
-def _need(condition, otherwise: str) -> None:
-    if not condition:
-        raise _Fault(otherwise)
-
-
 def _read(folder: Path, base_name: str) -> tuple[AdapterInfo, dict]:
-    if not folder.is_dir():
-        raise WorkbookError(f"There is no adapter folder {folder}: check the path.")
     name = folder.resolve().name
     if not re.fullmatch(r"\w[\w .+@=-]{0,99}", name):
         raise WorkbookError(f"The adapter folder name {name!r:.80} cannot be shown safely: rename "
                             "it with letters, digits, dots and dashes (at most 100).")
-    config = _read_json(folder, CONFIG)
+    config = read_object(folder, CONFIG)
     _check_settings(config)
     _check_base(config, base_name)
-    modules, rank = _target_modules(config.get("target_modules"), base_name), config["r"]
-    content, tensors = _read_weights(folder, rank, modules)
-    metrics = _read_json(folder, METRICS) if os.path.lexists(folder / METRICS) else None
+    modules = target_modules(config, base_name)
+    ranks = per_layer(config, "rank_pattern", config["r"], modules, check_rank)
+    alphas = per_layer(config, "alpha_pattern", config["lora_alpha"], modules, check_alpha)
+    whole = whole_tensors(config, read_header(folder), modules, base_name)
+    content, tensors = _read_weights(folder, layer_tensors(config, modules, ranks) | whole)
+    metrics = read_object(folder, METRICS) if os.path.lexists(folder / METRICS) else None
     noted, digest = (metrics or {}).get("weights_sha256"), hashlib.sha256(content).hexdigest()
-    _need(noted in (None, digest), f"has a {WEIGHTS} that has changed since {METRICS} was written "
-          "(its SHA-256 differs): copy the whole folder again")
+    need(noted in (None, digest), f"has a {WEIGHTS} that has changed since {METRICS} was written "
+         "(its SHA-256 differs): copy the whole folder again")
     return AdapterInfo(
-        name=name, title=name, folder=folder.resolve(), rank=rank, alpha=config["lora_alpha"],
+        name=name, title=name, folder=folder.resolve(), rank=config["r"],
+        alpha=config["lora_alpha"], ranks=ranks, alphas=alphas,
+        whole=places(config, whole, base_name), extras=extras(config, whole),
+        rows=tuple(token_rows(config, base_name)[1]),
         use_rslora=config.get("use_rslora") is True, modules=tuple(modules),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=len(content), sha256=digest, verified=noted is not None, metrics=metrics), tensors
@@ -184,41 +204,40 @@ def _open_itself(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
-def _read_file(folder: Path, name: str, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes that really lies in the folder."""
+def read_bytes(folder: Path, name: str, limit: int, whole: bool = True) -> bytes:
+    """The content of a regular file of at most `limit` bytes that really lies in the folder.
+    whole False: its first `limit` bytes. Raises Fault, a sentence without its subject."""
     path = folder / name
-    _need(os.path.lexists(path), f"has no {name}: copy the whole folder again")
-    _need(path.is_file() and not path.is_symlink(), f"cannot be used, because its {name} is a link "
-          "to another place or not an ordinary file: put the file itself there")
+    need(os.path.lexists(path), f"has no {name}: copy the whole folder again")
+    need(path.is_file() and not path.is_symlink(), f"cannot be used, because its {name} is a link "
+         "to another place or not an ordinary file: put the file itself there")
     with open(path, "rb", opener=_open_itself) as file:
-        content = file.read(limit + 1)
-    _need(len(content) <= limit, f"has a {name} of more than the {limit:,} bytes that it could "
-          "need: do not trust it; fetch it again from where it was made")
+        content = file.read(limit + whole)
+    need(len(content) <= limit, f"has a {name} of more than the {limit:,} bytes that it could "
+         "need: do not trust it; fetch it again from where it was made")
     return content
 
 
-def _read_json(folder: Path, name: str) -> dict:
+def read_object(folder: Path, name: str) -> dict:
+    """The content of a file that holds a JSON object. Raises Fault."""
     try:
-        content = json.loads(_read_file(folder, name, MAX_JSON_BYTES))
+        content = json.loads(read_bytes(folder, name, MAX_JSON_BYTES))
     except (ValueError, RecursionError) as bad:
-        raise _Fault(f"has a {name} that is not valid JSON ({bad!s:.80}): copy it again") from bad
-    _need(isinstance(content, dict), f"has a {name} that is not a JSON object: copy it again")
+        raise Fault(f"has a {name} that is not valid JSON ({bad!s:.80}): copy it again") from bad
+    need(isinstance(content, dict), f"has a {name} that is not a JSON object: copy it again")
     return content
 
 
 def _check_settings(config: dict) -> None:
     for key, value in {"peft_type": None, **config}.items():
-        runs = value in _ALLOWED[key] if key in _ALLOWED else key in _IGNORED or not value
+        runs = value in _ALLOWED[key] if key in _ALLOWED else key in _IGNORED | _READ or not value
         if key == "auto_mapping" and isinstance(value, dict):  # PEFT and Unsloth note the base
             library = str(value.get("parent_library"))  # model's class; nothing is imported
             runs = re.fullmatch(r"transformers(\.\w+)*", library) and "base_model_class" in value
-        _need(runs, f"uses the setting {key!r:.80} ({value!r:.80}), which is not run here: train "
+        need(runs, f"uses the setting {key!r:.80} ({value!r:.80}), which is not run here: train "
               "it, or have PEFT convert it, as plain LoRA of a causal language model")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    _need(type(rank) is int and 1 <= rank <= MAX_RANK, f"says that its rank r is {rank!r:.80}: it "
-          f"must be a whole number from 1 to {MAX_RANK}")
-    _need(type(alpha) in (int, float) and 0 < alpha <= 1e6,
-          f"says that lora_alpha is {alpha!r:.80}: it must be a number above 0, at most a million")
+    check_rank(config.get("r"))
+    check_alpha(config.get("lora_alpha"))
 
 
 _revision_of = lru_cache(maxsize=8)(base_models.revision_of)  # it reads all of a folder's weights
@@ -235,51 +254,63 @@ def _check_base(config: dict, base_name: str) -> None:
             return
     if base.folder:
         named = PureWindowsPath(named).name  # what follows the last / or \
-    _need(named in (base.hub_id, base.name), "belongs to the base model "
-          f"{config.get('base_model_name_or_path')!r:.80}, not to {base.hub_id or base.name}: load "
+    need(named in (base.hub_id, base.name), "belongs to the base model "
+         f"{config.get('base_model_name_or_path')!r:.80}, not to {base.hub_id or base.name}: load "
           "it on its own base model")
-    _need(not (noted.startswith("sha256-") and revision.startswith("sha256-")), "was trained on "
-          f"other weights of {base.name} ({noted:.80}, not {revision}): load it on those")
+    need(not (noted.startswith("sha256-") and revision.startswith("sha256-")), "was trained on "
+         f"other weights of {base.name} ({noted:.80}, not {revision}): load it on those")
 
 
-def _target_modules(named, base_name: str) -> dict[str, tuple[int, int]]:
-    """The base model's layers that a config names, as PEFT matches them, with their shapes."""
-    layers = layer_shapes(base_name)
-    _need(isinstance(named, list) and named and all(isinstance(name, str) for name in named),
-          f"has target_modules {named!r:.80}: it must be a list of names (a pattern is not run)")
-    known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
-    for name in named:
-        _need(any(f".{layer}".endswith(f".{name}") for layer in layers),
-              f"targets the module {name!r:.80}, which {base_name} lacks: it has {known}")
-    endings = tuple(f".{name}" for name in named)
-    return {layer: shape for layer, shape in layers.items() if f".{layer}".endswith(endings)}
+def _canonical(name: str) -> str:
+    """A tensor's name without what PEFT's versions do differently."""
+    name = name.replace(".base_layer.", ".")  # of a bias
+    return name.removesuffix(".weight") if name.endswith("vector.weight") else name
 
 
-def _read_weights(folder: Path, rank: int, modules: dict) -> tuple[bytes, dict]:
-    """The file's bytes and its tensors, if they are exactly the modules' own, and finite."""
-    pickled, again = "adapter_model.bin", "copy the whole folder again"
-    _need(os.path.lexists(folder / WEIGHTS) or not (folder / pickled).exists(),
-          f"holds pickled weights ({pickled}), which can run code when they are opened: have "
-          f"whoever made it save {WEIGHTS}")
-    expected = {}
-    for module, (out, into) in modules.items():
-        expected[f"base_model.model.{module}.lora_A.weight"] = [rank, into]
-        expected[f"base_model.model.{module}.lora_B.weight"] = [out, rank]
-    numbers = sum(math.prod(shape) for shape in expected.values())
-    content = _read_file(folder, WEIGHTS, 4 * numbers + MAX_HEADER_BYTES)
+def read_header(folder: Path, name: str = WEIGHTS) -> dict[str, dict]:
+    """What a safetensors file says of its tensors, ``{name: {"dtype", "shape"}}``; no numbers are
+    read. Raises Fault."""
+    pickled = "adapter_model.bin"
+    need(os.path.lexists(folder / name) or not (folder / pickled).exists(),
+         f"holds pickled weights ({pickled}), which can run code when they are opened: have "
+          f"whoever made it save {name}")
+    damaged = f"has a damaged or cut {name} (%s): copy the whole folder again"
+    length = int.from_bytes(read_bytes(folder, name, 8, whole=False), "little")
+    need(length <= MAX_HEADER_BYTES, damaged % "header too large")
     try:
-        tensors = load(content)
+        header = json.loads(read_bytes(folder, name, 8 + length, whole=False)[8:])
+        header.pop("__metadata__", None)
+        found = {_canonical(key): {"dtype": entry["dtype"], "shape": entry["shape"]}
+                 for key, entry in header.items()}
+        need(all(type(size) is int for one in found.values() for size in one["shape"]), damaged
+             % "a shape is no list of numbers")
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as bad:
+        raise Fault(damaged % f"{bad!s:.80}") from bad
+
+
+def _read_weights(folder: Path, expected: dict[str, list[int]]) -> tuple[bytes, dict]:
+    """The file's bytes and its tensors, if they are exactly those, and finite."""
+    again = "copy the whole folder again"
+    numbers = sum(math.prod(shape) for shape in expected.values())
+    content = read_bytes(folder, WEIGHTS, 4 * numbers + MAX_HEADER_BYTES)
+    try:
+        loaded = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise _Fault(f"has a damaged or cut {WEIGHTS} ({error!s:.100}): {again}") from error
+        raise Fault(f"has a damaged or cut {WEIGHTS} ({error!s:.100}): {again}") from error
+    tensors = {_canonical(name): tensor for name, tensor in loaded.items()}
+    need(len(tensors) == len(loaded), f"has a tensor twice, under an old and a new name: {again}")
     missing = sorted(expected.keys() - tensors.keys())
-    _need(not missing, f"lacks {len(missing)} tensors, one is {missing[:1]!r:.100}: {again}")
+    need(not missing, f"lacks {len(missing)} tensors, one is {missing[:1]!r:.100}: {again}")
     for name, tensor in sorted(tensors.items()):
         short, shape, kind = f"{name!r:.80}", list(tensor.shape), tensor.dtype
-        _need(name in expected, f"has a tensor its config does not account for ({short}): {again}")
-        _need(shape == expected[name], f"has {short} of shape {shape} where rank {rank} on this "
-              f"base model needs {expected[name]}: its rank or its base model is another one")
-        _need(kind in (torch.float32, torch.float16, torch.bfloat16),
-              f"has {short} as {kind}: save it as float32, float16 or bfloat16")
-        _need(torch.isfinite(tensor).all(), f"holds numbers that are not finite (in {short}): its "
-              "training diverged or the file is damaged; train or copy it again")
+        need(name in expected, f"has a tensor its config does not account for ({short}): {again}")
+        rank = expected[name][0 if "lora_A" in name else -1]
+        where = f"rank {rank} on this base model" if ".lora_" in name else "this base model"
+        need(shape == expected[name], f"has {short} of shape {shape} where {where} needs "
+             f"{expected[name]}: its rank or its base model is another one")
+        need(kind in (torch.float32, torch.float16, torch.bfloat16),
+             f"has {short} as {kind}: save it as float32, float16 or bfloat16")
+        need(torch.isfinite(tensor).all(), f"holds numbers that are not finite (in {short}): its "
+             "training diverged or the file is damaged; train or copy it again")
     return content, tensors

@@ -1,5 +1,6 @@
 """The bank: one base model in memory, adapters on it, and a swap that copies nothing."""
 
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -13,19 +14,25 @@ from torch.nn.functional import linear
 
 from helpers import WorkbookError, base_models, is_text, probe
 from helpers.adapter_files import AdapterInfo, read_tensors
+from helpers.adapter_layers import DORA, LORA_BIAS, PREFIX
 from helpers.data import prompt_ids
 from helpers.generation import Answer, Settings, write_batch
 from helpers.registry import EMBEDDED
 
 GREEDY = Settings()
+PARTS = (  # of a layer in PEFT: where a tensor of the file belongs
+    ("lora_A", "weight", "lora_A.weight"), ("lora_B", "weight", "lora_B.weight"),
+    ("lora_B", "bias", "lora_B.bias"), ("lora_magnitude_vector", "weight", "lora_magnitude_vector"))
 
 
 class AdapterBank:
     """One base model and its adapters; which one acts is a pointer, and a swap moves it.
 
     PEFT's layers hold every adapter's A and B and one field that names the active ones. Here that
-    field is one list, which all layers share: `swap` writes into it. One lock guards the model: a
-    swap waits for the answer that is being written. Adapter None is the base model itself.
+    field is one list, which all layers share: `swap` writes into it. What an adapter replaces of
+    the base model (`AdapterInfo.whole`) is put there as well, and the base model's own put back.
+    One lock guards the model: a swap waits for the answer that is being written. Adapter None is
+    the base model itself.
     adapters: the loaded ones, by name; active: the one that acts; base_bytes: the base's memory.
     """
 
@@ -39,6 +46,9 @@ class AdapterBank:
         self.active: str | None = None
         self._pointer: list[str] = []  # PEFT's name of the active adapter
         self._layers: list[LoraLayer] = []
+        self._own: dict[str, torch.nn.Parameter] = {}  # the base's, of all that adapters replace
+        self._whole: dict[str, dict[str, torch.nn.Parameter]] = {}  # by PEFT's name: the adapters'
+        self._acting: dict[str, torch.nn.Parameter] = {}  # the one of _whole that is in place
         self._lock = threading.RLock()
 
     # --- which adapters are here
@@ -53,12 +63,10 @@ class AdapterBank:
         if info.name in self.adapters:
             raise WorkbookError(f"An adapter {info.name!r} is already loaded: unload it first.")
         checked, tensors = read_tensors(info.folder, self.base_name)
-        config = LoraConfig(r=checked.rank, lora_alpha=checked.alpha, use_rslora=checked.use_rslora,
-                            task_type="CAUSAL_LM", target_modules=list(checked.modules),
-                            inference_mode=True)
         with self._lock:
             try:
-                self._add(_key(info.name), config, checked.modules, tensors)
+                self._add(_key(info.name), lora_config(checked), checked.modules, tensors)
+                self._keep(_key(info.name), checked, tensors)
             except BaseException:  # half an adapter would act, for the base model as well
                 self._remove(_key(info.name))
                 raise
@@ -69,8 +77,9 @@ class AdapterBank:
         """Remove an adapter and free its memory. If it was active, the base model is made so."""
         with self._lock:
             key = self.key(name)
+            if self.active == name:
+                self.swap(None)
             del self.adapters[name]
-            self.active = None if self.active == name else self.active
             self._remove(key)
 
     def sync(self, found: list[AdapterInfo]) -> dict[str, str]:
@@ -116,14 +125,39 @@ class AdapterBank:
         layers = [base.get_submodule(name) for name in modules]
         for name, layer in zip(modules, layers, strict=True):
             (layer if layer.training else layer.lora_dropout[key]).eval()  # what is new of it
-            for part in ("lora_A", "lora_B"):  # PEFT computes LoRA in float32, and so does the bank
-                weight = tensors[f"base_model.model.{name}.{part}.weight"].to(self.model.device)
-                matrix = getattr(layer, part)[key].eval()
-                matrix.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+            for part, attribute, tensor in PARTS:
+                if f"{PREFIX}{name}.{tensor}" in tensors:  # float32, as PEFT computes LoRA
+                    weight = tensors[f"{PREFIX}{name}.{tensor}"].to(self.model.device).float()
+                    matrix = getattr(layer, part)[key].eval()
+                    setattr(matrix, attribute, torch.nn.Parameter(weight, requires_grad=False))
         self._share(list(dict.fromkeys([*self._layers, *layers])))
+
+    def _keep(self, key: str, info: AdapterInfo, tensors: dict) -> None:
+        """Hold what an adapter replaces of the base model, in the base model's type."""
+        kept, made = {}, {}
+        for place, tensor in info.whole.items():
+            own = self._own.get(place, getattr(*self._place(place)))
+            if tensor not in made:
+                made[tensor] = info.replacement(tensors[tensor], own)
+            self._own[place], kept[place] = own, made[tensor]
+        self._whole[key] = kept
+
+    def _place(self, place: str) -> tuple[torch.nn.Module, str]:
+        """The module that has a parameter of the base model, and the parameter's name in it."""
+        module, _, name = place.rpartition(".")
+        module = self._base.get_submodule(module)
+        return module.base_layer if isinstance(module, LoraLayer) else module, name
+
+    def _put(self, key: str) -> None:
+        """Let an adapter's own weights act, and the base model's where it has none."""
+        wanted, before = self._whole.get(key, {}), self._acting
+        self._acting = wanted
+        for place in before.keys() | wanted.keys() if before or wanted else ():
+            setattr(*self._place(place), wanted.get(place, self._own[place]))
 
     def _remove(self, key: str) -> None:
         """Take an adapter, or what there is of it, out of its layers."""
+        self._whole.pop(key, None)
         self._share(self._layers)
         self._pointer.clear()  # PEFT would otherwise choose another adapter as the active one
         if self.adapters:
@@ -151,6 +185,7 @@ class AdapterBank:
                 self._share(self._layers)  # PEFT's own set_adapter gave each layer its own list
             self.active = name
             self._pointer[:] = () if name is None else (key,)
+            self._put(key)
             return time.perf_counter() - start
 
     def _share(self, layers: list[LoraLayer]) -> None:
@@ -181,7 +216,13 @@ class AdapterBank:
         """
         with self._lock:
             rows = [self.key(name) for name in names for _ in range(copies)]
+            for name, info in self.adapters.items():
+                if name in names and info.extras:
+                    raise WorkbookError(f"The adapter {name} cannot share a batch with others, as "
+                                        f"it is no plain LoRA ({', '.join(info.extras)}): ask it "
+                                        "alone.")
             head = self.model.get_output_embeddings()
+            self._put("__base__")
             try:
                 for layer in self._layers:
                     layer.forward = _mixed_forward(layer, rows)
@@ -190,6 +231,7 @@ class AdapterBank:
             finally:
                 for layer in (*self._layers, head):
                     vars(layer).pop("forward", None)
+                self._put(self.key(self.active))
 
     # --- answers
 
@@ -230,6 +272,16 @@ class AdapterBank:
             on_text([answer.text for answer in answers])
         return [replace(answer, adapter=name, swap_seconds=swap_seconds)
                 for answer, name in zip(answers, adapters, strict=True)]
+
+
+def lora_config(info: AdapterInfo) -> LoraConfig:
+    """PEFT's config of a checked adapter, with every layer named."""
+    patterns = [{f"^{re.escape(module)}": number for module, number in numbers.items()}
+                for numbers in (info.ranks, info.alphas)]
+    return LoraConfig(r=info.rank, lora_alpha=info.alpha, use_rslora=info.use_rslora,
+                      rank_pattern=patterns[0], alpha_pattern=patterns[1],
+                      use_dora=DORA in info.extras, lora_bias=LORA_BIAS in info.extras,
+                      task_type="CAUSAL_LM", target_modules=list(info.modules), inference_mode=True)
 
 
 def _key(name: str) -> str:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from helpers import (METRICS, WorkbookError, __version__, base_models, disk_errors, sha256,
                      write_json, write_text)
 from helpers.adapter_files import CONFIG, WEIGHTS, AdapterInfo, read_tensors
+from helpers.adapter_layers import DORA, LORA_BIAS, PREFIX
 from helpers.export_plan import ExportPlan
 from helpers.generation import end_ids
 from helpers.gguf_files import check_gguf, lora_pair, write_lora, write_model
@@ -72,8 +73,9 @@ def export(plan: ExportPlan) -> Path:
     """Make the folder ``plan.out`` and return it; see `export_plan.WEIGHTS_OF` for what there is.
 
     Merging holds the base model in float32, 4 bytes a weight, and a GGUF file once more.
-    Raises WorkbookError as `read_adapter`, `base_models.load` and `check_gguf`, for an adapter of
-    no known task, an output folder that holds something, and a full disk.
+    Raises WorkbookError as `read_adapter`, `merged_model` and `check_gguf`, for an adapter of no
+    known task, one that no LoRA file can hold, an output folder that holds something, and a full
+    disk.
     """
     info, tensors = read_tensors(plan.adapter, plan.base_model)
     if not (plan.task or info.task):
@@ -83,6 +85,10 @@ def export(plan: ExportPlan) -> Path:
     if plan.to == "hub-folder" and not info.verified:
         raise WorkbookError(f"The adapter in {plan.adapter} has no {METRICS} of this project, of "
                             "which the card is made: publish it with notebook 04.")
+    if plan.to == "gguf-lora" and info.extras:
+        raise WorkbookError(f"The adapter in {plan.adapter} is no plain LoRA "
+                            f"({', '.join(info.extras)}), and llama.cpp's LoRA file holds nothing "
+                            "else: export --to merged or --to gguf.")
     check_free(plan.out)
     with disk_errors(plan.out.parent, "the export"):
         plan.out.parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +142,9 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
 
     precision: the base weights to merge into (None: those that the adapter was trained on). "4bit"
     means NF4 weights that are de-quantized again: the weights whose errors the adapter learned to
-    live with. Notebook 10 measures what the other choice changes.
-    Raises WorkbookError where adapted layers share their weights.
+    live with. Notebook 10 measures what the other choice changes. DoRA (arXiv:2402.09353) then
+    gives each row of the weight its trained length. Raises WorkbookError as `base_models.load`,
+    where adapted layers share their weights, and for a bias that the layer has no place for.
     """
     precision = precision or trained_precision(info)
     model, tokenizer = base_models.load(base_model, precision, "cpu", torch.float32)
@@ -151,9 +158,33 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
     with torch.no_grad():
         for module, layer in zip(info.modules, layers, strict=True):
             a, b = lora_pair(tensors, module)
-            update = info.scaling * b.float() @ a.float()
-            layer.weight += update.T if isinstance(layer, Conv1D) else update  # GPT-2's [in, out]
+            update = info.scaling_of(module) * b.float() @ a.float()
+            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # [out, in]
+            weight += update
+            if DORA in info.extras:
+                length = tensors[f"{PREFIX}{module}.lora_magnitude_vector"].float()
+                weight *= (length / weight.norm(dim=1))[:, None]
+            if LORA_BIAS in info.extras:
+                if layer.bias is None:
+                    raise WorkbookError(f"The adapter in {info.folder} has biases, and {module} of "
+                                        "the base model has none, so it cannot be merged: use it "
+                                        "beside its base model.")
+                layer.bias += info.scaling_of(module) * tensors[f"{PREFIX}{module}.lora_B.bias"]
+    replace_whole(model, info, tensors)
     return model, tokenizer
+
+
+def replace_whole(model, info: AdapterInfo, tensors: dict) -> None:
+    """Give a model the weights that an adapter replaces (`AdapterInfo.whole`), and note it where
+    token vectors and head are then no longer one."""
+    made = {tensor: info.replacement(tensors[tensor], model.get_parameter(place))
+            for place, tensor in info.whole.items()}
+    for place, tensor in info.whole.items():
+        module, _, name = place.rpartition(".")
+        setattr(model.get_submodule(module), name, made[tensor])
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    if info.whole and tables[0].weight is not tables[1].weight:
+        model.config.tie_word_embeddings = False
 
 
 def save_merged(model, tokenizer, task: Task, folder: Path) -> None:

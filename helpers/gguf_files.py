@@ -105,7 +105,8 @@ def write_model(model, tokenizer, path: Path, quantize: str = "f16") -> None:
 def write_lora(info: AdapterInfo, tensors: dict, config, path: Path, quantize: str = "f16") -> None:
     """Write an adapter as a GGUF file for llama.cpp's --lora. config: of its base model.
 
-    llama.cpp multiplies B A by alpha / rank; the alpha written makes that `info.scaling`.
+    llama.cpp multiplies B A by alpha / rank, the rank being the layer's own; the alpha written
+    makes that `info.scaling`, and B of a layer that has another one is multiplied beforehand.
     Raises WorkbookError as `check_gguf`.
     """
     check_gguf(config)
@@ -119,6 +120,8 @@ def write_lora(info: AdapterInfo, tensors: dict, config, path: Path, quantize: s
             content = matrix.float().numpy()
             if part == "b":  # its rows are those of the layer's weight; those of A are the ranks
                 content = llama_rows(name, content, config)
+                wanted, rank = info.scaling_of(module), matrix.shape[1]
+                content = content * np.float32(wanted * rank / (info.scaling * info.rank))
             content = gguf.quantize(content, KINDS[quantize])
             writer.add_tensor(f"{_name(name, config)}.lora_{part}", content)
     _close(writer)

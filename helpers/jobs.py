@@ -1,4 +1,4 @@
-"""Notebooks as jobs: ``python -m helpers.jobs list | run <job> | status | check | export``.
+"""Notebooks as jobs: ``python -m helpers.jobs list | run <job> | status | check | export | …``.
 
 A job is a notebook of ``notebooks/jobs.yaml``. Names and types of its parameters are checked here,
 values by the job's own ``check``; then helpers.attempts runs the notebook.
@@ -27,7 +27,7 @@ from helpers import KINDS, ROOT, WorkbookError, closest, is_text, read_json
 from helpers.export_plan import plan_export
 from helpers.runs import find_unfinished, list_runs, seconds_since
 
-COMMANDS = ("list", "run", "status", "check", "export")
+COMMANDS = ("list", "run", "status", "check", "export", "doctor")
 SET_BY_JOB = ("run_dir", "resume")  # parameters that every notebook is given
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
@@ -255,6 +255,16 @@ def export_adapter(args: argparse.Namespace, adapter: str) -> int:
     return 0
 
 
+def examine_adapter(args: argparse.Namespace, adapter: str) -> int:
+    """Say what an adapter is and whether it runs; with --convert, write what it can become."""
+    from helpers.doctor import convert, diagnose  # slow: it imports transformers
+
+    print("\n".join(diagnose(adapter, args.base)))
+    if args.convert:
+        print(f"Converted: {convert(adapter, args.convert, args.base)}")
+    return 0
+
+
 def _options(args: argparse.Namespace, *allowed: str) -> dict[str, str]:
     """The -p of a command that is no job. Raises WorkbookError for one that it does not take."""
     given = dict(pair.split("=", 1) for pair in args.pairs)
@@ -269,7 +279,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.jobs", allow_abbrev=False, description="Run notebooks as jobs.",
         usage="%(prog)s list | [run] JOB [PATH] [options] | status | check ROWS --task TASK | "
-              "export ADAPTER --to TARGET")
+              "export ADAPTER --to TARGET | doctor ADAPTER")
     add = parser.add_argument
     add("words", nargs="+", help=argparse.SUPPRESS)
     add("-p", dest="pairs", action="append", default=[], metavar="name=value", help="see list")
@@ -284,6 +294,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--to", help="export: merged, gguf, gguf-lora, modelfile or hub-folder")
     add("--quantize", help="export: the weights of a GGUF file, f16 (default), f32 or q8_0")
     add("--out", type=Path, help="export: a new folder (default: below runs/exports)")
+    add("--base", help="doctor: the base model to judge by (default: the adapter's, if it is here)")
+    add("--convert", type=Path, metavar="OUT", help="doctor: write plain LoRA to a new folder")
     args = parser.parse_intermixed_args(argv)
     if args.words[0] == "run":
         del args.words[0]
@@ -295,14 +307,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def _misused(args: argparse.Namespace) -> str:
     """What is wrong with how words and options go together, or nothing."""
     command, paths = (args.words or [""])[0], len(args.words) - 1
-    if command in ("check", "export") and paths != 1:
+    if command in ("check", "export", "doctor") and paths != 1:
         return f"{command} takes one path"
     if paths not in (0, 1) or (paths and command in ("list", "status")):
         return "give one job and at most one path"
     if not all("=" in pair for pair in args.pairs):
         return "-p takes name=value, such as -p rank=8"
     for option, owner in (("task", "check"), ("to", "export"), ("quantize", "export"),
-                          ("out", "export")):
+                          ("out", "export"), ("base", "doctor"), ("convert", "doctor")):
         if getattr(args, option) is not None and command != owner:
             return f"--{option} belongs to {owner}"
     return "check needs --task, such as --task sql" if command == "check" and not args.task else ""
@@ -315,7 +327,8 @@ def main(argv: list[str] | None = None) -> int:
             return show_jobs(args)
         if args.words == ["status"]:
             return show_status(args)
-        command = {"check": check_rows, "export": export_adapter}.get(args.words[0])
+        command = {"check": check_rows, "export": export_adapter,
+                   "doctor": examine_adapter}.get(args.words[0])
         return command(args, args.words[1]) if command else run(args, *args.words)
     except WorkbookError as error:
         print(error, file=sys.stderr)

@@ -223,7 +223,7 @@ class Panel:
         known, chosen = self.bank.adapters, self.adapter.value
         if len(self.adapter.options) == 1:  # the first load
             chosen = self._fitting_adapter()
-        self.adapter.options = [NO_ADAPTER] + [(f"{info.title} · rank {info.rank}", name)
+        self.adapter.options = [NO_ADAPTER] + [(panel_html.adapter_line(info), name)
                                                for name, info in known.items()]
         self.adapter.value = chosen if chosen in known else None
         self.memory.value = panel_html.memory_table(self.bank, problems)
@@ -239,7 +239,8 @@ class Panel:
     def _answer(self) -> str:
         bank, task, mode, chosen = self.bank, self.current_task, self.mode.value, self.adapter.value
         prompt, settings, answers = self.prompt_text(), self.settings(), []
-        names = {COMPARE: [None, chosen], ONE: [chosen], ALL: [None, *bank.adapters]}[mode]
+        plain = [name for name, info in bank.adapters.items() if not info.extras]
+        names = {COMPARE: [None, chosen], ONE: [chosen], ALL: [None, *plain]}[mode]
         names = list(dict.fromkeys(names))  # None is the base model: once
         cards = [_Card(bank.adapters[name].title if name else "Base model") for name in names]
         self.cards.children = cards
@@ -261,7 +262,10 @@ class Panel:
         ended = "stopped" if self._stop.is_set() else "done"
         said = f"{ended} ({len(self.history)} answers so far)"
         swaps = ", ".join(f"{1e3 * answer.swap_seconds:.3f} ms" for answer in answers)
-        return said if mode == ALL else f"{said}; swaps took {swaps}"
+        if mode == ALL:
+            left = ", ".join(name for name in bank.adapters if name not in plain)
+            return f"{said}; not in the batch, as no plain LoRA: {left}" if left else said
+        return f"{said}; swaps took {swaps}"
 
     def _grow(self, texts: list[str]) -> None:
         for shown, text in zip(self.cards.children, texts, strict=True):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from html import escape
 
 from helpers import evaluation
-from helpers.adapters import AdapterBank, Answer, Settings
+from helpers.adapters import AdapterBank, AdapterInfo, Answer, Settings
 
 STYLE = """<style>
 .lora-panel {max-width: 1180px; color: var(--jp-ui-font-color1, #111);
@@ -95,6 +95,12 @@ def readout(answer: Answer, mixed: bool = False) -> str:
     return (f"{swap} · first token {1e3 * answer.first_token_seconds:.0f} ms · "
             f"{answer.tokens_per_second:.1f} tokens/s · {answer.tokens} tokens"
             f"{', stopped' if answer.stopped else ''}")
+
+
+def adapter_line(info: AdapterInfo) -> str:
+    """An adapter in the list: its title, its rank, and what makes it slower than plain LoRA."""
+    slow = f" · slower ({', '.join(info.extras)})" if info.extras else ""
+    return f"{info.title} · rank {info.rank}{slow}"
 
 
 def memory_table(bank: AdapterBank, problems: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from helpers import WorkbookError, adapters, base_models
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
+SLOW = r"(?:\w|\.|.)*(?:\w|\.|.)*(?:\w|\.|.)*(?:\w|.)*[^a-z]"  # a pattern that would take for ever on a layer's name
 
 
 def make_adapter(base: Path, folder: Path, seed: int = 0, rank: int = 4, modules=MODULES, **options) -> Path:
@@ -174,7 +175,7 @@ def test_the_embedded_base_is_known_by_its_hash_or_by_its_hub_id(folder, monkeyp
         try:
             adapter_files._check_base(config, embedded)
             assert fits, config
-        except adapter_files._Fault as fault:
+        except adapter_files.Fault as fault:
             assert not fits and f"not to {hub_id}" in str(fault), config
 
 
@@ -194,16 +195,30 @@ def test_the_embedded_base_is_known_by_its_hash_or_by_its_hub_id(folder, monkeyp
     ({"target_modules": [*MODULES, "k_proj"]}, "lacks 4 tensors"),
     ({"target_modules": [*MODULES, "wqkv"]}, "targets the module 'wqkv'"),
     ({"target_modules": ["lm_head"]}, "targets the module 'lm_head'"),
-    ({"target_modules": "(a+)+$"}, "a pattern is not run"),
+    ({"target_modules": "(a+)+$"}, "fit no layer"),
+    ({"target_modules": SLOW}, "broken or takes too long"),
+    ({"target_modules": "(q_proj"}, "broken or takes too long"),
+    ({"exclude_modules": 5}, "in a way that PEFT refuses"),
+    ({"exclude_modules": ".*"}, "fit no layer"),
+    ({"layers_to_transform": [0], "layers_pattern": "(a+)+"}, "layers_pattern '(a+)+'"),
     ({"target_modules": []}, "target_modules []"),
     ({"peft_type": "IA3"}, "uses the setting 'peft_type' ('IA3'), which is not run here"),
     ({"task_type": "SEQ_CLS"}, "uses the setting 'task_type' ('SEQ_CLS')"),
-    ({"use_dora": True}, "uses the setting 'use_dora' (True)"),
-    ({"bias": "all"}, "uses the setting 'bias' ('all')"),
-    ({"lora_bias": True}, "uses the setting 'lora_bias'"),
-    ({"modules_to_save": ["lm_head"]}, "uses the setting 'modules_to_save'"),
-    ({"rank_pattern": {"q_proj": 8}}, "uses the setting 'rank_pattern'"),
-    ({"alpha_pattern": {"q_proj": 8}}, "uses the setting 'alpha_pattern'"),
+    ({"use_dora": True}, "lacks 6 tensors, one is ['base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector']"),
+    ({"bias": "some"}, "uses the setting 'bias' ('some')"),
+    ({"lora_bias": True}, "lacks 6 tensors"),
+    ({"modules_to_save": ["lm_head"]}, "lacks 1 tensors, one is ['base_model.model.lm_head.weight']"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save 'lm_head'"),
+    ({"trainable_token_indices": [5]}, "lacks 1 tensors, one is ['base_model.model.model.embed_tokens.token_adapter."),
+    ({"trainable_token_indices": [5, 5]}, "must be different tokens of model.embed_tokens"),
+    ({"trainable_token_indices": [10**9]}, "must be different tokens of model.embed_tokens"),
+    ({"trainable_token_indices": {"lm_head": [5]}}, "must be different tokens of model.embed_tokens"),
+    ({"trainable_token_indices": "5"}, "must be different tokens of model.embed_tokens"),
+    ({"rank_pattern": {"q_proj": 8}}, "where rank 8 on this base model needs"),
+    ({"rank_pattern": {"q_proj": 0}}, "its rank r of 'q_proj' is 0"),
+    ({"rank_pattern": ["q_proj"]}, "no map of names to numbers"),
+    ({"rank_pattern": {SLOW: 8}}, "rank_pattern with a pattern that is broken"),
+    ({"alpha_pattern": {"q_proj": "8"}}, "lora_alpha of 'q_proj' is '8'"),
     ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, "uses the setting 'auto_mapping'"),
     ({"auto_mapping": {"base_model_class": "M", "parent_library": "transformers_evil"}}, "uses the setting 'auto_mapping'"),
     ({"auto_mapping": {"base_model_class": "M", "parent_library": "transformers.models/../evil"}}, "uses the setting 'auto_mapping'"),
