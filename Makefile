@@ -10,11 +10,11 @@ INSTALL = $(PYTHON) tests/tools/install.py
 LESSONS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(sort $(wildcard notebooks/exercises/*_solutions.ipynb))
 EXECUTE := $(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
 
-.PHONY: setup run check test lint unit notebooks-test exercises lab app browser images notebooks needs lock bench audit canary soak clean
+.PHONY: setup run check test lint unit notebooks-test exercises lab app book browser images notebooks needs lock bench audit canary soak clean
 
 setup: $(VENV)/.ready
 
-# What each command needs comes when it is first asked for: jobs (.ready), JupyterLab and Voila (.lab), all tests (.dev).
+# What each command needs comes when it is first asked for: jobs (.ready), JupyterLab and Voila (.lab), the book (.book), all tests (.dev).
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found: install one, or say make PYTHON=/path/to/python"; exit 2; }
 	@$(INSTALL) && touch $@
@@ -22,8 +22,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.lab: $(VENV)/.ready
 	@$(INSTALL) lab && touch $@
 
+$(VENV)/.book: $(VENV)/.ready
+	@$(INSTALL) book && touch $@
+
 $(VENV)/.dev: $(VENV)/.ready
-	@$(INSTALL) lab dev && touch $@ $(VENV)/.lab
+	@$(INSTALL) lab book dev && touch $@ $(VENV)/.lab $(VENV)/.book
 
 run: setup
 	@$(PY) -m helpers.jobs run sql $(ARGS)
@@ -43,7 +46,7 @@ lint: $(VENV)/.dev
 unit: $(VENV)/.dev browser
 	$(PY) -m pytest tests -q
 
-# A Chromium for the panel's browser tests, if there is none: Debian's where we may install it, else Playwright's own.
+# A Chromium for the browser tests of the panel and of the book, if there is none: Debian's where we may install it, else Playwright's own.
 browser: $(VENV)/.dev
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  ls $${PLAYWRIGHT_BROWSERS_PATH:-$$HOME/.cache/ms-playwright}/chromium-* 2>/dev/null; then :; \
@@ -70,6 +73,10 @@ KEEP := 300
 app: $(VENV)/.lab
 	@$(PY) -m voila notebooks/app/task_explorer.ipynb --Voila.ip=127.0.0.1 --token --no-browser \
 	  --MappingKernelManager.cull_idle_timeout=$(KEEP) --MappingKernelManager.cull_interval=30 $(ARGS)
+
+# The notebooks, this page and all others as one web site for reading: no kernel, no network. A warning is an error.
+book: $(VENV)/.book
+	@$(PY) tests/tools/book.py $(ARGS)
 
 # Pictures of the real panel, in a real browser, with the shipped adapters.
 images: browser

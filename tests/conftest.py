@@ -1,6 +1,7 @@
-"""Shared fixtures: a tiny base model in a local folder in the hub's form, made from a config with random weights."""
+"""Shared fixtures: a tiny base model in a local folder in the hub's form, made from a config with random weights; a browser."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 
 # Started in the background or by nohup, this session would ignore these signals, and so would every job that a test starts:
 # jobs honour what their caller ignores, and the tests that stop them could not.
@@ -65,6 +67,34 @@ def shelf(tiny, tmp_path_factory) -> Path:
     for seed, name in enumerate(("instruct", "sql", "detox")):
         make_adapter(tiny, root / name, seed)
     return root
+
+
+def executable() -> str | None:
+    """The system's Chromium, else the one that Playwright installed, else None."""
+    if CHROMIUM:
+        return CHROMIUM
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = playwright.chromium.executable_path
+    return path if Path(path).exists() else None
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = executable()
+    if path is None:
+        reason = "no Chromium was found: run `make browser` (or install chromium); what a reader sees was NOT tested in a browser"
+        if os.environ.get("WORKBOOK_REQUIRE_BROWSER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Without a sandbox only because tests in containers run as root; every page is our own, on this machine.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -26,35 +26,6 @@ from helpers import adapters, tasks
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "a-token-of-the-tests"
 PATIENCE = 180_000  # ms: a kernel that starts on a busy machine
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
-
-
-def executable() -> str | None:
-    """The system's Chromium, else the one that Playwright installed, else None."""
-    if CHROMIUM:
-        return CHROMIUM
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-    return path if Path(path).exists() else None
-
-
-@pytest.fixture(scope="session")
-def browser():
-    path = executable()
-    if path is None:
-        reason = "no Chromium was found: run `make browser` (or install chromium); the panel was NOT tested in a browser"
-        if os.environ.get("WORKBOOK_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # Without a sandbox only because tests in containers run as root; every page is our own, on this machine.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 def free_port() -> int:

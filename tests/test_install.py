@@ -76,8 +76,8 @@ def test_a_torch_that_the_python_has_is_kept(calls, tmp_path, capsys):
     assert "torch==" not in pins and "transformers==" in pins and "torch of its own" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("target", "extras"), [("run", [""]), ("lab", ["", " lab"]), ("app", ["", " lab"]), ("notebooks", ["", " lab"]),
-                                                ("check", ["", " lab dev"]), ("test", ["", " lab dev"])])
+@pytest.mark.parametrize(("target", "extras"), [("run", [""]), ("lab", ["", " lab"]), ("app", ["", " lab"]), ("notebooks", ["", " lab"]), ("book", ["", " book"]),
+                                                ("check", ["", " lab book dev"]), ("test", ["", " lab book dev"])])
 def test_a_target_installs_what_it_needs_and_no_more(target, extras):
     plan = subprocess.run(["make", "-n", "-W", "pyproject.toml", target], cwd=install.ROOT, capture_output=True, text=True, check=True)
     assert re.findall(r"tests/tools/install\.py((?: \w+)*) && touch", plan.stdout) == extras

@@ -35,7 +35,7 @@ def test_constraints_pin_every_dependency_inside_its_range():
 def test_conda_installs_the_same_project():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert pip == ["--constraint constraints.txt", "--editable .[lab,dev]"], "environment.yml installs through pyproject.toml alone"
+    assert pip == ["--constraint constraints.txt", "--editable .[lab,book,dev]"], "environment.yml installs through pyproject.toml alone"
 
 
 def test_every_dependency_has_its_reason():

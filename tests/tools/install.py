@@ -1,8 +1,8 @@
 """Makes .venv and installs the project at the versions of constraints.txt. Only the standard library is needed.
 
-    python tests/tools/install.py            what the jobs need
-    python tests/tools/install.py lab        JupyterLab and Voila too
-    python tests/tools/install.py lab dev    what the tests need too
+    python tests/tools/install.py                 what the jobs need
+    python tests/tools/install.py lab             JupyterLab and Voila too
+    python tests/tools/install.py lab book dev    what the book and the tests need too
 
 uv installs, as it needs less time; pip fetches it and stays for where it cannot be had or fails. uv reads none of pip's
 settings, so it is told the index, the wheel folders, the certificates and the proxy that pip knows.

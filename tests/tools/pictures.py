@@ -52,8 +52,9 @@ def gif(frames: list[bytes], seconds: list[float]) -> bytes:
 
 
 def main() -> int:
+    from conftest import executable
     from playwright.sync_api import sync_playwright
-    from test_browser import Page, app_command, executable, free_port
+    from test_browser import Page, app_command, free_port
 
     if (path := executable()) is None:
         print("error: no Chromium was found: run `make browser`.", file=sys.stderr)
