@@ -39,7 +39,7 @@ class Picture:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         png, said = base64.b64encode(self.png).decode(), f"[figure] {self.alt}"
-        # JupyterLab and the book read the metadata's alt text, nbconvert does not; nbval reads text.
+        # JupyterLab and the book read the metadata's alt text, nbconvert does not; nbval the text.
         return {"image/png": png, "text/plain": said}, {"image/png": {"alt": self.alt}}
 
 

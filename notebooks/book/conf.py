@@ -36,7 +36,7 @@ def write_math(translator, node) -> None:
 
 
 def drop_links_out_of_the_book(app, document) -> None:
-    """A link to a file or folder that is no page of the book becomes text; a wrong link is an error."""
+    """A link to what is no page of the book becomes text. A link that is wrong stays an error."""
     here = HERE.parent.parent / Path(app.env.docname).parent
     for link in list(document.findall(addnodes.pending_xref)):
         target = link["reftarget"]
