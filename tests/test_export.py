@@ -361,7 +361,7 @@ def test_an_adapter_must_say_its_task_or_be_told(llamas, tmp_path):
     assert read_json(export.export(plan(task="detox")) / "export.json")["prompt_template"] == TASKS["detox"].template
     edit(tmp_path / "mine", use_dora=True)
     plan = plan_export(tmp_path / "mine", "gguf-lora", None, tmp_path / "dora", str(llamas / "base"), "sql")
-    assert "use_dora" in refused(lambda: export.export(plan))
+    assert "lora_magnitude_vector" in refused(lambda: export.export(plan))
 
 
 @pytest.mark.parametrize("arguments, said", [
