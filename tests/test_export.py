@@ -126,9 +126,11 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_gives_the_same_tokens_and_probabilities(case, tmp_path):
-    """Base + LoRA file and merged file, in float32, against PEFT; the adapter's scaling is that of rsLoRA."""
+    """Base + LoRA file and merged file, in float32, against PEFT; the adapter's scaling is that of rsLoRA, and some layers have
+    a rank and an alpha of their own."""
     tiny_model(tmp_path / "base", case.split()[0], **CASES[case])
-    noted(make_adapter(tmp_path / "base", tmp_path / "mine", modules=ALL_LINEAR, use_rslora=True), tmp_path / "base")
+    noted(make_adapter(tmp_path / "base", tmp_path / "mine", modules=ALL_LINEAR, use_rslora=True, rank_pattern={"v_proj": 2},
+                       alpha_pattern={"q_proj": 24}), tmp_path / "base")
     model, tokenizer = base_models.load(str(tmp_path / "base"), device="cpu", dtype=torch.float32)
     ours = here(adapted(tmp_path))
     gguf_files.write_model(model, tokenizer, tmp_path / "base.gguf", "f32")
