@@ -86,11 +86,11 @@ class AdapterInfo:
                       alpha=self.alphas.get(module, self.alpha))
         return own.scaling
 
-    def replacement(self, tensor: torch.Tensor, own: torch.Tensor) -> torch.nn.Parameter:
-        """What acts in the place of the base model's own parameter, in its type, without gradients.
+    def replacement(self, tensors: dict, name: str, own: torch.Tensor) -> torch.nn.Parameter:
+        """What a whole tensor puts in the place of the base model's own parameter, in its type.
         Raises WorkbookError where that is packed in 4 bits."""
-        weight = tensor.to(own.device, own.dtype if own.is_floating_point() else None)
-        if self.rows and len(weight) == len(self.rows) and own.shape[1:] == weight.shape[1:]:
+        weight = tensors[name].to(own.device, own.dtype)
+        if name.endswith("trainable_tokens_delta"):
             weight = own.detach().index_copy(0, torch.tensor(self.rows).to(own.device), weight)
         if weight.shape != own.shape:
             raise WorkbookError(f"The adapter {self.name} replaces weights that are packed in 4 "

@@ -98,8 +98,15 @@ class AdapterBank:
         return problems
 
     def adapter_bytes(self, name: str) -> int:
-        """Memory that a loaded adapter's numbers take, in bytes (float32)."""
-        return 4 * self.adapters[name].parameters
+        """Memory that a loaded adapter's numbers take, in bytes: LoRA's in float32, those that
+        replace the base model's in its type."""
+        key = self.key(name)
+        layers = [self._base.get_submodule(module) for module in self.adapters[name].modules]
+        mine = {*self._whole[key].values()}
+        for part in {part for part, _, _ in PARTS}:
+            mine |= {parameter for layer in layers if key in getattr(layer, part)
+                     for parameter in getattr(layer, part)[key].parameters()}
+        return sum(parameter.numel() * parameter.element_size() for parameter in mine)
 
     def key(self, name: str | None) -> str:
         """PEFT's name of a loaded adapter (``__base__``: no adapter), as in `adapter_names`."""
@@ -138,7 +145,7 @@ class AdapterBank:
         for place, tensor in info.whole.items():
             own = self._own.get(place, getattr(*self._place(place)))
             if tensor not in made:
-                made[tensor] = info.replacement(tensors[tensor], own)
+                made[tensor] = info.replacement(tensors, tensor, own)
             self._own[place], kept[place] = own, made[tensor]
         self._whole[key] = kept
 

@@ -4,6 +4,7 @@ Read are its JSON and its safetensors, within bounds; nothing in it is run, and 
 """
 
 import math
+import os
 import re
 import tempfile
 from collections import Counter
@@ -26,7 +27,7 @@ NEVER_OPENED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py", ".so")
 # Parts of a tensor's name that a wrapper, or the adapter's own name, left in it.
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|modules_to_save\.\w+)\.|^module\.")
 NAMED = re.compile(r"(\.lora_[AB])\.\w+(\.(?:weight|bias))$|(vector)\.(?!weight$)\w+(?:\.weight)?$")
-MERGE = "only a merge is exact: python -m helpers.jobs export {} --to merged"
+MERGE = "only a merge is exact: `python -m helpers.jobs export {} --to merged`."
 
 
 def diagnose(folder: Path | str, base: str | None = None) -> list[str]:
@@ -80,7 +81,7 @@ def convert(folder: Path | str, out: Path | str, base: str | None = None) -> Pat
                 read_adapter(staging, on)  # as whoever loads it will
             elif not (folder / MLX).exists():
                 raise WorkbookError(f"The adapter in {folder} cannot become plain LoRA, as it is "
-                                    f"{', '.join(info.extras)}; {MERGE.format(folder)}.")
+                                    f"{', '.join(info.extras)}; {MERGE.format(folder)}")
             put_in_place(staging, out)
     return out
 
@@ -88,7 +89,8 @@ def convert(folder: Path | str, out: Path | str, base: str | None = None) -> Pat
 def base_of(config: dict) -> str:
     """The base model that an adapter names, if it is on this machine, else the embedded one."""
     named = str(_named(config))
-    return named if Path(named).is_dir() and named not in REGISTRY else EMBEDDED
+    here = named and named not in REGISTRY and os.path.isfile(os.path.join(named, "config.json"))
+    return named if here else EMBEDDED
 
 
 def _named(config: dict):
@@ -113,22 +115,21 @@ def _facts(folder: Path, config: dict, header: dict) -> list[str]:
         scaling = "unknown"
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if settings.get(key)]
     own = f", other ones for some layers ({', '.join(patterns)})" if patterns else ""
-    layers = [name.split(".")[-3 if name.endswith("weight") else -2] for name in header
-              if re.search(r"\.lora_(A|a)\b", name)]
+    layers = [found[1] for name in header if (found := re.search(r"(\w+)\.lora_[Aa]\b", name))]
     modules = ", ".join(dict.fromkeys(layers)) or "none"
     numbers = sum(math.prod(entry["shape"]) for entry in header.values())
     kinds = {"DoRA": "use_dora", "biases in LoRA": "lora_bias",
              "new token vectors": "trainable_token_indices"}
-    others = dict.fromkeys(name.split(".")[-2] for name in header if ".lora_" not in name
+    others = dict.fromkeys(name.split(".")[-2:][0] for name in header if ".lora_" not in name
                            and not (name.endswith(".m") and settings.get("use_dora")))
     extras = [kind for kind, key in kinds.items() if settings.get(key)]
     extras += [f"its own {name!r:.40}" for name in others]
-    return [f"{folder.name!r:.80} was made by {_maker(folder, config)} for the base model "
-            f"{_named(config) or 'that it does not name'!r:.80}.",
+    base = f"for the base model {_named(config)!r:.80}" if _named(config) else "and names no base"
+    return [f"{folder.name!r:.80} was made by {_maker(folder, config)} {base}.",
             f"It is {settings.get('peft_type')!r:.20} of rank {rank!r:.20}, alpha {alpha!r:.20}, "
             f"scaling {scaling}{own}, on {len(layers)} layers ({modules:.200}), {numbers:,} "
             "numbers.",
-            f"Beside plain LoRA it holds: {', '.join(extras)}." if extras else
+            f"Beside plain LoRA it holds: {', '.join(extras):.200}." if extras else
             "It holds nothing beside LoRA's matrices."]
 
 
@@ -162,7 +163,7 @@ def _oddities(folder: Path, config: dict) -> list[str]:
 def _verdict(folder: Path, info: AdapterInfo) -> str:
     if info.extras:
         return (f"It runs here, slower than plain LoRA ({', '.join(info.extras)}) and in no mixed "
-                f"batch; {MERGE.format(folder)}.")
+                f"batch; as plain LoRA {MERGE.format(folder)}")
     plain = " and --convert OUT writes it without them" if info.ranks or info.alphas else ""
     plain = " Other tools may not know its settings" + plain + "." if plain else ""
     return f"It runs here as plain LoRA, with the fast swap and in mixed batches.{plain}"

@@ -177,7 +177,7 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
 def replace_whole(model, info: AdapterInfo, tensors: dict) -> None:
     """Give a model the weights that an adapter replaces (`AdapterInfo.whole`), and note it where
     token vectors and head are then no longer one."""
-    made = {tensor: info.replacement(tensors[tensor], model.get_parameter(place))
+    made = {tensor: info.replacement(tensors, tensor, model.get_parameter(place))
             for place, tensor in info.whole.items()}
     for place, tensor in info.whole.items():
         module, _, name = place.rpartition(".")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import struct
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapters import PROMPT, edit, logits
+from transformers import AutoModelForCausalLM
 
 from helpers import WorkbookError, adapters, base_models, doctor, export
 from helpers.adapter_files import read_tensors
+from helpers.export_plan import plan_export
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
 BLOOM = dict(target_modules=["query_key_value"])
@@ -99,7 +102,7 @@ def pefts(base: Path, folder: Path, bank) -> torch.Tensor:
 
 def said(folder: Path, base: Path | None) -> str:
     sentences = doctor.diagnose(folder, base and str(base))
-    assert all(one.endswith(".") or "jobs export" in one for one in sentences) and all("\n" not in one for one in sentences)
+    assert all(one.endswith(".") for one in sentences) and all("\n" not in one for one in sentences)
     return " ".join(sentences)
 
 
@@ -123,6 +126,7 @@ def test_what_peft_saves_is_judged_and_gives_pefts_logits(name, zoo, banks, tiny
     info, before = adapters.read_adapter(zoo / name, str(base)), logits(bank.model, bank)
     assert info.extras == extras
     bank.load(info)
+    assert bank.adapter_bytes(name) == 4 * info.parameters or name == "tokens"
     bank.swap(name)
     ours = logits(bank.model, bank)
     assert torch.allclose(ours, pefts(base, zoo / name, bank), atol=1e-5) and (ours - before).abs().max() > 0.1
@@ -243,14 +247,19 @@ def test_what_is_no_plain_lora_is_only_merged(zoo, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["patterns", "dora-head", "embeddings", "tokens", "bloom-lora-bias", "bloom-biases"])
 def test_a_merged_model_gives_pefts_logits(name, zoo, tiny, tiny_bloom, tmp_path, banks):
-    from transformers import AutoModelForCausalLM
-
     base = base_of(name, tiny, tiny_bloom)
     model, _ = export.merged_model(*read_tensors(zoo / name, str(base)), str(base))
     assert torch.allclose(logits(model, banks[base]), pefts(base, zoo / name, banks[base]), atol=2e-4)
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(logits(again, banks[base]), logits(model, banks[base]), atol=1e-4)  # untied heads, too
+
+
+def test_the_export_that_the_doctor_names_merges_dora(zoo, tiny, tmp_path, banks):
+    plan = plan_export(zoo / "dora-head", "merged", None, tmp_path / "out", str(tiny), "sql")
+    merged = AutoModelForCausalLM.from_pretrained(export.export(plan), dtype=torch.float32).eval()
+    assert torch.allclose(logits(merged, banks[tiny]), pefts(tiny, zoo / "dora-head", banks[tiny]), atol=0.05)  # float16
+    assert "holds nothing else" in refused(lambda: export.export(replace(plan, to="gguf-lora", out=tmp_path / "lora")))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -318,6 +327,17 @@ def test_lies_about_sizes_are_refused(change, name, zoo, tiny, tmp_path):
     assert re.search("damaged|lacks|has no lora_a|where rank", text), text
     refused(lambda: doctor.convert(folder, tmp_path / "out", str(tiny)))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, config", [
+    ("extra", {}), ("a.\x1b[31mred.lora_A.weight", {}), ("x.lora_A.weight", {"base_model_name_or_path": ["\0"]}),
+    ("x.lora_A", {"base_model_name_or_path": "x" * 9999, "r": -1}), ("y", {"use_rslora": 1, "r": "4", "peft_version": {"a": "\n"}}),
+    ("m", {"base_model_name_or_path": "", "auto_mapping": "\n"}), ("z.modules_to_save.default.weight", {"peft_type": None})])
+def test_strange_words_are_shown_safely(name, config, zoo, tiny, tmp_path):
+    folder = shutil.copytree(zoo / "plain", tmp_path / "odd")
+    save_file({name: torch.zeros(2, 2)}, folder / adapters.WEIGHTS)
+    edit(folder, **config)
+    assert said(folder, tiny).isprintable() and "is refused on" in said(folder, tiny)
 
 
 def test_a_file_larger_than_its_base_model_is_not_read(zoo, tiny, tmp_path):

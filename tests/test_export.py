@@ -126,9 +126,11 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_gives_the_same_tokens_and_probabilities(case, tmp_path):
-    """Base + LoRA file and merged file, in float32, against PEFT; the adapter's scaling is that of rsLoRA."""
+    """Base + LoRA file and merged file, in float32, against PEFT; the adapter's scaling is that of rsLoRA, and some layers have
+    a rank and an alpha of their own."""
     tiny_model(tmp_path / "base", case.split()[0], **CASES[case])
-    noted(make_adapter(tmp_path / "base", tmp_path / "mine", modules=ALL_LINEAR, use_rslora=True), tmp_path / "base")
+    noted(make_adapter(tmp_path / "base", tmp_path / "mine", modules=ALL_LINEAR, use_rslora=True, rank_pattern={"v_proj": 2},
+                       alpha_pattern={"q_proj": 24}), tmp_path / "base")
     model, tokenizer = base_models.load(str(tmp_path / "base"), device="cpu", dtype=torch.float32)
     ours = here(adapted(tmp_path))
     gguf_files.write_model(model, tokenizer, tmp_path / "base.gguf", "f32")
@@ -361,7 +363,7 @@ def test_an_adapter_must_say_its_task_or_be_told(llamas, tmp_path):
     assert read_json(export.export(plan(task="detox")) / "export.json")["prompt_template"] == TASKS["detox"].template
     edit(tmp_path / "mine", use_dora=True)
     plan = plan_export(tmp_path / "mine", "gguf-lora", None, tmp_path / "dora", str(llamas / "base"), "sql")
-    assert "use_dora" in refused(lambda: export.export(plan))
+    assert "lora_magnitude_vector" in refused(lambda: export.export(plan))
 
 
 @pytest.mark.parametrize("arguments, said", [
