@@ -242,6 +242,10 @@ def encode(tokenizer, prompt: str | list[int], completion: str | None = None) ->
     asked, scored = prompt_ids(tokenizer, prompt), []
     if completion is not None:
         scored = [*plain_ids(tokenizer, [completion])[0], tokenizer.eos_token_id]
+    return _labelled(asked, scored)
+
+
+def _labelled(asked: list[int], scored: list[int]) -> dict:
     return {"input_ids": asked + scored, "labels": [-100] * len(asked) + scored}
 
 
@@ -249,9 +253,16 @@ def encode_rows(tokenizer, task: Task, rows: list[dict[str, str]],
                 max_length: int) -> tuple[list[dict], int]:
     """Rows as `encode` makes them, and how many were left out: those of more than `max_length`
     tokens (cutting one would teach half an answer). Raises WorkbookError when no row fits."""
-    whole = [encode(tokenizer, task.prompt(row), task.completion(row)) for row in rows]
+    if not rows:
+        return [], 0
+    # All texts at once: the tokenizer then uses all cores.
+    prompts = plain_ids(tokenizer, [task.prompt(row) for row in rows])
+    completions = plain_ids(tokenizer, [task.completion(row) for row in rows])
+    begin, end = _begin(tokenizer), [tokenizer.eos_token_id]
+    whole = [_labelled(begin + prompt, completion + end)
+             for prompt, completion in zip(prompts, completions, strict=True)]
     encoded = [row for row in whole if len(row["input_ids"]) <= max_length]
-    if rows and not encoded:
+    if not encoded:
         shortest = min(len(row["input_ids"]) for row in whole)
         raise WorkbookError(f"All {len(rows)} rows are longer than max_length={max_length} tokens "
                             f"(the shortest has {shortest}): raise max_length or shorten the rows.")
