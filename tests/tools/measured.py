@@ -11,7 +11,8 @@ from pathlib import Path
 import readme
 
 PREBUILT, BENCHMARKS = readme.ROOT / "adapters" / "prebuilt", readme.ROOT / "tests" / "benchmarks"
-SHOWN = {"sql": ("exact", "execution"), "detox": ("style", "similarity", "joint"), "instruct": ("rouge_l", "loss")}
+# What README shows of each task, and the baseline that needs no model: systems of helpers.comparing.
+MAIN = {"sql": ("execution", None), "detox": ("joint", "listed words deleted"), "instruct": ("rouge_l", None)}
 
 
 def figures(metrics: dict, names: tuple[str, ...]) -> str:
@@ -20,20 +21,22 @@ def figures(metrics: dict, names: tuple[str, ...]) -> str:
 
 
 def shipped() -> list[str]:
-    """A line per shipped adapter and set of rows: base, base in its own chat, adapter."""
-    table = ["| adapter | validation rows | base | base, own chat template | adapter |", "| --- | --- | --- | --- | --- |"]
+    """A line per shipped adapter: its task's main metric, and the same of the systems it is compared with."""
+    table = ["| adapter | metric, validation rows | base | base, own chat template | without a model | adapter |",
+             "| --- | --- | --- | --- | --- | --- |"]
     trained = []
     for folder in sorted(PREBUILT.iterdir()):
         record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         trained.append(f"{folder.name} {record['training_seconds'] / 60:.1f} minutes on {record['hardware']}")
-        for evaluation in (record["evaluation"], *record.get("more", [])):
-            systems = ("base", "base, own chat template", "adapter")
-            cells = [figures(evaluation.get(who, {}), (*SHOWN[folder.name], "passed")) or "not measured" for who in systems]
-            table.append(f"| [{folder.name}](adapters/prebuilt/{folder.name}/README.md) | {evaluation['rows']:,} of "
-                         f"{evaluation['source']} | {' | '.join(cells)} |")
-    return [*table, "", f"Trained with `preset=full_data`: {'; '.join(trained)}. Made by `python -m helpers.jobs evaluate "
-            "adapters/prebuilt/<name> -p data=… -p update_card=True` (the rows without the base: `-p adapter_only=True`) and "
-            "`python tests/tools/measured.py`."]
+        evaluation, (metric, baseline) = record["evaluation"], MAIN[folder.name]
+        cells = ["{value:.2f} [{low:.2f}, {high:.2f}]".format(**evaluation[who][metric]) if who else ""
+                 for who in ("base", "base, own chat template", baseline, "adapter")]
+        cells[2] += f" ({baseline})" if baseline else ""
+        table.append(f"| [{folder.name}](adapters/prebuilt/{folder.name}/README.md) | {metric}, {evaluation['rows']:,} rows | "
+                     f"{' | '.join(cells)} |")
+    return [*table, "", f"Trained with `preset=full_data`: {'; '.join(trained)}. The cards have all metrics, sources, baselines "
+            "and commands. Made by `python tests/tools/measured.py` from what `python -m helpers.jobs evaluate "
+            "adapters/prebuilt/<name> -p data=… -p update_card=True` wrote."]
 
 
 def speed() -> list[str]:
