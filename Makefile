@@ -43,8 +43,11 @@ lint: $(VENV)/.dev
 	$(PY) notebooks/exercises/make_exercises.py --check
 	$(PY) notebooks/practice/make_practice.py --check
 
+# Two files at a time, of one thread each; then, alone, those whose browser waits for a page.
+BROWSED := tests/test_browser.py tests/test_book.py
 unit: $(VENV)/.dev browser
-	$(PY) -m pytest tests -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 2 --dist loadfile $(BROWSED:%=--ignore=%)
+	$(PY) -m pytest -q $(BROWSED)
 
 # A Chromium for the browser tests of the panel and of the book, if there is none: Debian's where we may install it, else Playwright's own.
 browser: $(VENV)/.dev
