@@ -209,8 +209,8 @@ BAD = [
     (["fixed", "-p", "rank=8"], "rank is always 4 in fixed: choose another job."),
     (["fixed", "-p", "rate=2"], "rate is 2.0: it must be at most 1 beside "
                                 "['data', 'limit', 'packed', 'rank', 'rate', 'resume', 'run_dir']."),
-    (["godo"], "There is no job 'godo'; did you mean good (there are: {jobs}, list, run, status, check, export)?"),
-    (["staus"], "There is no job 'staus'; did you mean status (there are: {jobs}, list, run, status, check, export)?"),
+    (["godo"], "There is no job 'godo'; did you mean good (there are: {jobs}, list, run, status, check, export, doctor)?"),
+    (["staus"], "There is no job 'staus'; did you mean status (there are: {jobs}, list, run, status, check, export, doctor)?"),
     (["good", "--workers", "2"], "The job good has no parameter 'workers'; there are: {given}."),
     (["many", "--workers", "0"], "workers is '0': --workers or NUM_GPU_WORKERS must be a whole number above 0."),
     (["many", "--workers", "two"], "workers is 'two': --workers or NUM_GPU_WORKERS must be a whole number above 0."),

@@ -5,7 +5,7 @@
 Each copy of a WikiSQL row after the first has its columns in another order. In half of the copies
 the text values are replaced, in question and query alike, by values that other rows compare with a
 column of the same name. Spider's rows are repeated as they are: in another order, and with further
-tables of their database, they taught less (see the SQL adapter's card). Validation rows stay.
+tables of their database, they taught less. Validation rows stay as they are.
 """
 
 import argparse
