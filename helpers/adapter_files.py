@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from helpers import METRICS, ROOT, WorkbookError, base_models
-from helpers.adapter_layers import (LAYERS, MAX_RANK, Fault, check_alpha, check_rank,  # noqa: F401
-                                    extras, layer_shapes, layer_tensors, need, per_layer, places,
-                                    target_modules, token_rows, whole_tensors)
+from helpers.adapter_layers import (LAYERS, Fault, check_alpha, check_rank, extras, layer_tensors,
+                                    need, per_layer, places, scaling, target_modules, token_rows,
+                                    whole_tensors)
 from helpers.registry import EMBEDDED, custom_adapters_dir, resolve
 
 PREBUILT = ROOT / "adapters" / "prebuilt"
@@ -77,18 +77,25 @@ class AdapterInfo:
 
     @property
     def scaling(self) -> float:
-        """alpha / rank (LoRA, arXiv:2106.09685, 4.1) or alpha / sqrt(rank) (arXiv:2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        """What multiplies B A in the layers that have no rank or alpha of their own."""
+        return scaling(self.alpha, self.rank, self.use_rslora)
 
     def scaling_of(self, module: str) -> float:
         """The scaling of one layer."""
-        own = replace(self, rank=self.ranks.get(module, self.rank),
-                      alpha=self.alphas.get(module, self.alpha))
-        return own.scaling
+        return scaling(self.alphas.get(module, self.alpha), self.ranks.get(module, self.rank),
+                       self.use_rslora)
 
-    def replacement(self, tensors: dict, name: str, own: torch.Tensor) -> torch.nn.Parameter:
-        """What a whole tensor puts in the place of the base model's own parameter, in its type.
-        Raises WorkbookError where that is packed in 4 bits."""
+    def replacements(self, tensors: dict, own) -> dict[str, torch.nn.Parameter]:
+        """``{base parameter: what takes its place}``, in its type; parameters that are tied get one
+        and the same. own: gives the base model's parameter of a name. Raises WorkbookError where
+        that is packed in 4 bits."""
+        made = {}
+        for place, tensor in self.whole.items():
+            if tensor not in made:
+                made[tensor] = self._replacement(tensors, tensor, own(place))
+        return {place: made[tensor] for place, tensor in self.whole.items()}
+
+    def _replacement(self, tensors: dict, name: str, own: torch.Tensor) -> torch.nn.Parameter:
         weight = tensors[name].to(own.device, own.dtype)
         if name.endswith("trainable_tokens_delta"):
             weight = own.detach().index_copy(0, torch.tensor(self.rows).to(own.device), weight)
@@ -289,15 +296,21 @@ def read_header(folder: Path, name: str = WEIGHTS) -> dict[str, dict]:
         raise Fault(damaged % f"{bad!s:.80}") from bad
 
 
+def parse_tensors(content: bytes, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file's content. Raises Fault."""
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise Fault(f"has a damaged or cut {name} ({error!s:.100}): copy the whole folder again"
+                    ) from error
+
+
 def _read_weights(folder: Path, expected: dict[str, list[int]]) -> tuple[bytes, dict]:
     """The file's bytes and its tensors, if they are exactly those, and finite."""
     again = "copy the whole folder again"
     numbers = sum(math.prod(shape) for shape in expected.values())
     content = read_bytes(folder, WEIGHTS, 4 * numbers + MAX_HEADER_BYTES)
-    try:
-        loaded = load(content)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise Fault(f"has a damaged or cut {WEIGHTS} ({error!s:.100}): {again}") from error
+    loaded = parse_tensors(content, WEIGHTS)
     tensors = {_canonical(name): tensor for name, tensor in loaded.items()}
     need(len(tensors) == len(loaded), f"has a tensor twice, under an old and a new name: {again}")
     missing = sorted(expected.keys() - tensors.keys())

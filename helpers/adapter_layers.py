@@ -4,6 +4,7 @@ PEFT's own rules decide, on the names and shapes of the base model alone. No pat
 could take for ever.
 """
 
+import math
 import re
 import time
 from functools import lru_cache
@@ -51,6 +52,11 @@ def layer_shapes(base_name: str = EMBEDDED) -> dict[str, tuple[int, int]]:
               if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head}
     return {name: shape[::-1] if isinstance(model.get_submodule(name), Conv1D) else shape
             for name, shape in shapes.items()}
+
+
+def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+    """alpha / rank (LoRA, arXiv:2106.09685, 4.1) or alpha / sqrt(rank) (arXiv:2312.03732)."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def check_rank(rank, of: str = "") -> None:
@@ -136,7 +142,7 @@ def saved_whole(config: dict, name: str) -> bool:
     saved, parts = config.get("modules_to_save") or (), name.split(".")
     need(isinstance(saved, list | tuple) and all(isinstance(one, str) and one for one in saved),
          f"has modules_to_save {saved!r:.80}: it must be a list of names")
-    around = [".".join(parts[:count + 1]) for count in range(len(parts))]
+    around = (".".join(parts[:count + 1]) for count in range(len(parts) if saved else 0))
     return any(path.endswith(tuple(saved)) for path in around)
 
 
@@ -148,9 +154,12 @@ def whole_tensors(config: dict, header: dict, modules: dict, base_name: str) -> 
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module, _, last = name.rpartition(".")
+        saved = saved_whole(config, module)
+        if not saved and PREFIX + name not in header:
+            continue
         fits = model.get_submodule(module) in tables or last == "bias" and (
             bias == "all" or (bias == "lora_only" and module in modules))
-        if saved_whole(config, module) or (fits and PREFIX + name in header):
+        if saved or fits:
             shape = found[PREFIX + name] = list(parameter.shape)
             stored = header.get(PREFIX + name, {}).get("shape")
             more = fits and isinstance(stored, list) and stored[1:] == shape[1:] and stored > shape

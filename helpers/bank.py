@@ -141,13 +141,9 @@ class AdapterBank:
 
     def _keep(self, key: str, info: AdapterInfo, tensors: dict) -> None:
         """Hold what an adapter replaces of the base model, in the base model's type."""
-        kept, made = {}, {}
-        for place, tensor in info.whole.items():
-            own = self._own.get(place, getattr(*self._place(place)))
-            if tensor not in made:
-                made[tensor] = info.replacement(tensors, tensor, own)
-            self._own[place], kept[place] = own, made[tensor]
-        self._whole[key] = kept
+        for place in info.whole:
+            self._own.setdefault(place, getattr(*self._place(place)))
+        self._whole[key] = info.replacements(tensors, self._own.__getitem__)
 
     def _place(self, place: str) -> tuple[torch.nn.Module, str]:
         """The module that has a parameter of the base model, and the parameter's name in it."""

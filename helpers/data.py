@@ -242,10 +242,10 @@ def encode(tokenizer, prompt: str | list[int], completion: str | None = None) ->
     asked, scored = prompt_ids(tokenizer, prompt), []
     if completion is not None:
         scored = [*plain_ids(tokenizer, [completion])[0], tokenizer.eos_token_id]
-    return _labelled(asked, scored)
+    return _scored_row(asked, scored)
 
 
-def _labelled(asked: list[int], scored: list[int]) -> dict:
+def _scored_row(asked: list[int], scored: list[int]) -> dict:
     return {"input_ids": asked + scored, "labels": [-100] * len(asked) + scored}
 
 
@@ -259,7 +259,7 @@ def encode_rows(tokenizer, task: Task, rows: list[dict[str, str]],
     prompts = plain_ids(tokenizer, [task.prompt(row) for row in rows])
     completions = plain_ids(tokenizer, [task.completion(row) for row in rows])
     begin, end = _begin(tokenizer), [tokenizer.eos_token_id]
-    whole = [_labelled(begin + prompt, completion + end)
+    whole = [_scored_row(begin + prompt, completion + end)
              for prompt, completion in zip(prompts, completions, strict=True)]
     encoded = [row for row in whole if len(row["input_ids"]) <= max_length]
     if not encoded:

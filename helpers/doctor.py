@@ -10,13 +10,13 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
 from helpers import METRICS, WorkbookError, disk_errors, write_json
-from helpers.adapter_files import (CONFIG, MAX_HEADER_BYTES, WEIGHTS, AdapterInfo, read_adapter,
-                                   read_bytes, read_header, read_object, read_tensors, sentences)
-from helpers.adapter_layers import PREFIX, Fault, layer_shapes, need, skeleton
+from helpers.adapter_files import (CONFIG, MAX_HEADER_BYTES, WEIGHTS, AdapterInfo, parse_tensors,
+                                   read_adapter, read_bytes, read_header, read_object,
+                                   read_tensors, sentences)
+from helpers.adapter_layers import PREFIX, layer_shapes, need, scaling, skeleton
 from helpers.publishing import put_in_place
 from helpers.recipes import check_free
 from helpers.registry import EMBEDDED, REGISTRY, resolve
@@ -109,10 +109,9 @@ def _facts(folder: Path, config: dict, header: dict) -> list[str]:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     try:
         root = bool(settings.get("use_rslora"))
-        scaling = f"{alpha / (math.sqrt(rank) if root else rank):g}"
-        scaling += " (alpha / sqrt(r))" if root else " (alpha / r)"
+        times = f"{scaling(alpha, rank, root):g} (alpha / {'sqrt(r)' if root else 'r'})"
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-        scaling = "unknown"
+        times = "unknown"
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if settings.get(key)]
     own = f", other ones for some layers ({', '.join(patterns)})" if patterns else ""
     layers = [found[1] for name in header if (found := re.search(r"(\w+)\.lora_[Aa]\b", name))]
@@ -127,7 +126,7 @@ def _facts(folder: Path, config: dict, header: dict) -> list[str]:
     base = f"for the base model {_named(config)!r:.80}" if _named(config) else "and names no base"
     return [f"{folder.name!r:.80} was made by {_maker(folder, config)} {base}.",
             f"It is {settings.get('peft_type')!r:.20} of rank {rank!r:.20}, alpha {alpha!r:.20}, "
-            f"scaling {scaling}{own}, on {len(layers)} layers ({modules:.200}), {numbers:,} "
+            f"scaling {times}{own}, on {len(layers)} layers ({modules:.200}), {numbers:,} "
             "numbers.",
             f"Beside plain LoRA it holds: {', '.join(extras):.200}." if extras else
             "It holds nothing beside LoRA's matrices."]
@@ -177,11 +176,7 @@ def _stage(folder: Path, staging: Path, on: str, base: str | None) -> tuple[Adap
         config, weights = read_object(folder, CONFIG), _weights(folder)
         header = read_header(folder, weights)
         largest = 4 * sum(parameter.numel() for parameter in skeleton(on).parameters())
-        content = read_bytes(folder, weights, largest + MAX_HEADER_BYTES)
-        try:
-            tensors = load(content)
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as bad:
-            raise Fault(f"has a damaged or cut {weights} ({bad!s:.80}): copy it again") from bad
+        tensors = parse_tensors(read_bytes(folder, weights, largest + MAX_HEADER_BYTES), weights)
         if weights == MLX:
             config = _from_mlx(config, header)
             matrices = ("lora_a", "lora_b")  # MLX: x @ a @ b; PEFT: x @ A.T @ B.T

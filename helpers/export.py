@@ -177,11 +177,9 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
 def replace_whole(model, info: AdapterInfo, tensors: dict) -> None:
     """Give a model the weights that an adapter replaces (`AdapterInfo.whole`), and note it where
     token vectors and head are then no longer one."""
-    made = {tensor: info.replacement(tensors, tensor, model.get_parameter(place))
-            for place, tensor in info.whole.items()}
-    for place, tensor in info.whole.items():
+    for place, parameter in info.replacements(tensors, model.get_parameter).items():
         module, _, name = place.rpartition(".")
-        setattr(model.get_submodule(module), name, made[tensor])
+        setattr(model.get_submodule(module), name, parameter)
     tables = model.get_input_embeddings(), model.get_output_embeddings()
     if info.whole and tables[0].weight is not tables[1].weight:
         model.config.tie_word_embeddings = False
