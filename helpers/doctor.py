@@ -12,13 +12,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from helpers import METRICS, WorkbookError, disk_errors, write_json
+from helpers import METRICS, WorkbookError, write_json
 from helpers.adapter_files import (CONFIG, MAX_HEADER_BYTES, WEIGHTS, AdapterInfo, parse_tensors,
                                    read_adapter, read_bytes, read_header, read_object,
                                    read_tensors, sentences)
 from helpers.adapter_layers import PREFIX, layer_shapes, need, scaling, skeleton
-from helpers.publishing import put_in_place
-from helpers.recipes import check_free
+from helpers.publishing import new_folder
 from helpers.registry import EMBEDDED, REGISTRY, resolve
 
 MLX = "adapters.safetensors"
@@ -68,21 +67,16 @@ def convert(folder: Path | str, out: Path | str, base: str | None = None) -> Pat
     where plain LoRA would not be exact, for an `out` that holds something, and a full disk.
     """
     folder, out = Path(folder), Path(out).expanduser().absolute()
-    check_free(out)
     with sentences(folder):
         on = base or base_of(read_object(folder, CONFIG))
-    with disk_errors(out.parent, "the adapter"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=out.parent) as place:
-            staging = Path(place) / out.name
-            info, tensors = _stage(folder, staging, on, base)
-            if not info.extras:
-                _write(staging, _plain(info, on), tensors)
-                read_adapter(staging, on)  # as whoever loads it will
-            elif not (folder / MLX).exists():
-                raise WorkbookError(f"The adapter in {folder} cannot become plain LoRA, as it is "
-                                    f"{', '.join(info.extras)}; {MERGE.format(folder)}")
-            put_in_place(staging, out)
+    with new_folder(out, "the adapter") as staging:
+        info, tensors = _stage(folder, staging, on, base)
+        if not info.extras:
+            _write(staging, _plain(info, on), tensors)
+            read_adapter(staging, on)  # as whoever loads it will
+        elif not (folder / MLX).exists():
+            raise WorkbookError(f"The adapter in {folder} cannot become plain LoRA, as it is "
+                                f"{', '.join(info.extras)}; {MERGE.format(folder)}")
     return out
 
 

@@ -8,7 +8,6 @@ tests/test_export.py and notebook 10 run: llama.cpp, in the process.
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,15 +16,14 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from helpers import (METRICS, WorkbookError, __version__, base_models, disk_errors, sha256,
-                     write_json, write_text)
+from helpers import (METRICS, WorkbookError, __version__, base_models, sha256, write_json,
+                     write_text)
 from helpers.adapter_files import CONFIG, WEIGHTS, AdapterInfo, read_tensors
 from helpers.adapter_layers import DORA, LORA_BIAS, PREFIX
 from helpers.export_plan import ExportPlan
 from helpers.generation import end_ids
 from helpers.gguf_files import check_gguf, lora_pair, write_lora, write_model
-from helpers.publishing import model_card, put_in_place
-from helpers.recipes import check_free
+from helpers.publishing import model_card, new_folder
 from helpers.registry import resolve
 from helpers.tasks import Task, get_task
 
@@ -89,14 +87,8 @@ def export(plan: ExportPlan) -> Path:
         raise WorkbookError(f"The adapter in {plan.adapter} is no plain LoRA "
                             f"({', '.join(info.extras)}), and llama.cpp's LoRA file holds nothing "
                             "else: export --to merged or --to gguf.")
-    check_free(plan.out)
-    with disk_errors(plan.out.parent, "the export"):
-        plan.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=plan.out.parent) as temporary:
-            staging = Path(temporary) / plan.out.name
-            staging.mkdir()
-            _write(plan, info, tensors, task, staging)
-            put_in_place(staging, plan.out)
+    with new_folder(plan.out, "the export") as folder:
+        _write(plan, info, tensors, task, folder)
     return plan.out
 
 

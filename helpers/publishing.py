@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -95,7 +96,6 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
     Raises WorkbookError when the folder exists, or a disk is full.
     """
     run_dir, adapter_dir = Path(run_dir), Path(adapter_dir)
-    check_free(adapter_dir)
     record = read_json(run_dir / "trained" / METRICS)
     del record["loss_log"], record["validation_log"]
     place, colon, path = record["config"]["data"].rpartition(":")
@@ -104,23 +104,29 @@ def publish(run_dir: Path, adapter_dir: Path, evaluation: dict, examples: list[d
     record |= {"evaluation": evaluation, "command": command, "examples": examples or [],
                "preflight": preflight,
                "weights_sha256": sha256(run_dir / "trained" / WEIGHTS)}  # checked when it is read
-    with disk_errors(adapter_dir.parent, "the adapter"):
-        adapter_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".publishing-", dir=adapter_dir.parent) as folder:
-            staging = Path(folder) / adapter_dir.name
-            shutil.copytree(run_dir / "trained", staging)
-            write_record(staging, record)
-            read_adapter(staging, record["config"]["base_model"])  # as whoever loads it will
-            put_in_place(staging, adapter_dir)
+    with new_folder(adapter_dir, "the adapter") as folder:
+        shutil.copytree(run_dir / "trained", folder, dirs_exist_ok=True)
+        write_record(folder, record)
+        read_adapter(folder, record["config"]["base_model"])  # as whoever loads it will
+    with disk_errors(run_dir, "the adapter"):
         write_json(run_dir / METRICS, {**record, "adapter": adapter_dir.name})
     return adapter_dir
 
 
-def put_in_place(staging: Path, folder: Path) -> None:
-    """Rename a finished folder to its own name, at which nothing may be but an empty folder."""
-    if folder.is_dir():
-        folder.rmdir()
-    os.replace(staging, folder)
+@contextmanager
+def new_folder(out: Path, what: str):
+    """A folder to fill in a with block, at whose end it becomes `out`, whole or not at all. Raises
+    WorkbookError where `out` holds something or its disk is full; `what` names the content."""
+    check_free(out)
+    with disk_errors(out.parent, what):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=out.parent) as place:
+            staging = Path(place) / out.name
+            staging.mkdir()
+            yield staging
+            if out.is_dir():
+                out.rmdir()
+            os.replace(staging, out)
 
 
 def write_record(folder: Path, record: dict) -> None:

@@ -160,6 +160,9 @@ def test_a_cell_with_two_pictures_is_refused():
     cell = {"cell_type": "code", "metadata": {}, "source": ["# NBVAL_IGNORE_OUTPUT\n", "x"], "outputs": [picture]}
     made = json.loads(prepare("01_a.ipynb", json.dumps({"cells": [cell]})))["cells"][0]
     assert made["source"] == "x" and made["metadata"]["mystnb"] == {"image": {"alt": "a"}}
+    hidden = {**cell, "metadata": {"tags": ["hide-input"], "jupyter": {"source_hidden": True}}}
+    made = json.loads(prepare("01_a.ipynb", json.dumps({"cells": [hidden]})))["cells"][0]
+    assert made["metadata"]["tags"] == ["hide-input"]
     with pytest.raises(ValueError, match="two pictures"):
         prepare("01_a.ipynb", json.dumps({"cells": [{**cell, "outputs": [picture] * 2}]}))
 

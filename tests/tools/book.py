@@ -36,7 +36,8 @@ def prepare_cell(cell: dict) -> None:
     tags, shown = data.setdefault("tags", []), data.setdefault("mystnb", {})
     if "solution" in tags:
         shown |= {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
-    if "solution" in tags or data.get("jupyter", {}).get("source_hidden") or is_drawing(cell["source"]):
+    folded = "solution" in tags or data.get("jupyter", {}).get("source_hidden") or is_drawing(cell["source"])
+    if folded and "hide-input" not in tags:
         tags.append("hide-input")
     pictures = [output for output in cell["outputs"] if "image/png" in output.get("data", {})]
     if len(pictures) > 1:

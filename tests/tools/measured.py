@@ -17,7 +17,11 @@ MAIN = {"sql": ("execution", None), "detox": ("joint", "listed words deleted"), 
 
 def figures(metrics: dict, names: tuple[str, ...]) -> str:
     """Those of a system's metrics that are named, each with its interval."""
-    return ", ".join("{} {value:.2f} [{low:.2f}, {high:.2f}]".format(name, **metrics[name]) for name in names if name in metrics)
+    return ", ".join(f"{name} {interval(metrics[name])}" for name in names if name in metrics)
+
+
+def interval(metric: dict) -> str:
+    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**metric)
 
 
 def shipped() -> list[str]:
@@ -29,7 +33,7 @@ def shipped() -> list[str]:
         record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         trained.append(f"{folder.name} {record['training_seconds'] / 60:.1f} minutes on {record['hardware']}")
         evaluation, (metric, baseline) = record["evaluation"], MAIN[folder.name]
-        cells = ["{value:.2f} [{low:.2f}, {high:.2f}]".format(**evaluation[who][metric]) if who else ""
+        cells = [interval(evaluation[who][metric]) if who else ""
                  for who in ("base", "base, own chat template", baseline, "adapter")]
         cells[2] += f" ({baseline})" if baseline else ""
         table.append(f"| [{folder.name}](adapters/prebuilt/{folder.name}/README.md) | {metric}, {evaluation['rows']:,} rows | "
