@@ -1,5 +1,6 @@
 """An export that is checked before anything heavy is imported; helpers.export makes it."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,24 @@ from helpers.tasks import get_task
 WEIGHTS_OF = {  # what each target's weights can be written as, the usual one first
     "merged": ("f16",), "gguf": ("f16", "f32", "q8_0"), "gguf-lora": ("f16", "f32"),
     "modelfile": ("f16", "f32", "q8_0"), "hub-folder": ("bf16",)}
+FOR = {  # what each target is for, as cards and the panel say it
+    "gguf": "llama.cpp: base model and adapter in one file",
+    "gguf-lora": "llama.cpp: the adapter alone, beside a GGUF file of the base model",
+    "modelfile": "Ollama", "merged": "vLLM, transformers: one ordinary model folder",
+    "hub-folder": "the Hugging Face hub; vLLM beside the base model"}
+
+
+def offers(folder: str, base_model: str = EMBEDDED, plain: bool = True,
+           verified: bool = True) -> list[tuple[str, str]]:
+    """For each target that an adapter can have: what it is for, and the command that exports it.
+
+    plain: it is plain LoRA, as llama.cpp's LoRA file needs; verified: it has metrics.json, of which
+    the hub's card is made.
+    """
+    impossible = {"gguf-lora": not plain, "hub-folder": not verified}
+    base = "" if base_model == EMBEDDED else f" -p base_model={shlex.quote(base_model)}"
+    return [(purpose, f"python -m helpers.jobs export {shlex.quote(folder)} --to {to}{base}")
+            for to, purpose in FOR.items() if not impossible.get(to)]
 
 
 @dataclass(frozen=True)

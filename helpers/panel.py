@@ -114,7 +114,8 @@ class Panel:
 
     def _make_view(self) -> None:
         self.inputs, self.prompt, self.cards = w.VBox(layout=WIDE), w.HTML(layout=WIDE), w.HBox()
-        self.status, self.memory, self.history_view, self.download = [w.HTML() for _ in range(4)]
+        self.status, self.memory, self.history_view, self.download, self.home = [
+            w.HTML() for _ in range(5)]
         settings = w.HBox([self.decoding, *self.numbers.values(), self.reset])
         history = w.VBox([w.HBox([self.export, self.download]), self.history_view])
         self.view = w.VBox([
@@ -122,8 +123,9 @@ class Panel:
             w.HBox([self.adapter, self.refresh]), self.inputs, self.prompt, self.mode,
             w.Accordion([settings], titles=["Settings"], layout=WIDE),
             w.HBox([self.generate, self.stop]), self.cards,
-            w.Accordion([self.memory, history], layout=WIDE,
-                        titles=["Base model and adapters in memory", "History"])], layout=WIDE)
+            w.Accordion([self.memory, history, self.home], layout=WIDE, titles=[
+                "Base model and adapters in memory", "History", "Take the adapter home"])],
+            layout=WIDE)
         self.view.add_class("lora-panel")
 
     # -- what the widgets' callbacks do
@@ -162,11 +164,17 @@ class Panel:
 
     def _choose_adapter(self, _=None) -> None:
         """Swap at once; while an answer is generated, the worker swaps after it."""
+        self._show_home()
         with self._busy:
             if self.state in (GENERATING, STOPPING):
                 self._set(self.state, f"swaps to {self.adapter.label} after this answer")
             elif self.state != LOADING:
                 self._set(self.state, self._swap_to_chosen())
+
+    def _show_home(self) -> None:
+        known = self.bank.adapters if self.bank else {}
+        info = known.get(self.adapter.value)
+        self.home.value = panel_html.take_home(info, self._base_name)
 
     def _swap_to_chosen(self) -> str:
         name = self.adapter.value
@@ -227,6 +235,7 @@ class Panel:
                                                for name, info in known.items()]
         self.adapter.value = chosen if chosen in known else None
         self.memory.value = panel_html.memory_table(self.bank, problems)
+        self._show_home()
         broken = f", {len(problems)} cannot be used (see below)" if problems else ""
         return f"{len(known)} adapter{'s' * (len(known) != 1)} on one base model{broken}"
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterable
 from html import escape
 
-from helpers import evaluation
+from helpers import ROOT, evaluation
 from helpers.adapters import AdapterBank, AdapterInfo, Answer, Settings
+from helpers.export_plan import offers
 
 STYLE = """<style>
 .lora-panel {max-width: 1180px; color: var(--jp-ui-font-color1, #111);
@@ -111,6 +112,17 @@ def memory_table(bank: AdapterBank, problems: dict[str, str]) -> str:
                      f"{bank.adapter_bytes(name) / 1e6:.1f} MB"])
     shown = table(["", "rank", "alpha", "target modules", "memory"], rows)
     return shown + (table(["cannot be used", "why"], problems.items()) if problems else "")
+
+
+def take_home(info: AdapterInfo | None, base_model: str) -> str:
+    """The commands that export the chosen adapter to other tools."""
+    if info is None:
+        return note("Choose an adapter first.")
+    folder = info.folder.resolve()
+    folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    offered = offers(str(folder), base_model, plain=not info.extras, verified=info.verified)
+    return table(["for", "command, typed in the project's folder"], offered,
+                 f"{info.title} in other tools (notebook 10)")
 
 
 def sql_results(context: str, queries: list[str], seconds: float = 1.0) -> list[str]:

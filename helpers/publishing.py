@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from helpers import (METRICS, WorkbookError, base_models, disk_errors, read_json, sha256,
                      write_json, write_text)
 from helpers.adapter_files import CONFIG, WEIGHTS, read_adapter
+from helpers.export_plan import offers
 from helpers.preflight import describe
 from helpers.recipes import check_free
 from helpers.registry import resolve
@@ -176,6 +177,9 @@ def model_card(record: dict) -> str:
         names = list(dict.fromkeys(name for run in record["tried"] for name in run))
         rows = [[run.get(name, "") for name in names] for run in record["tried"]]
         lines += ["## What was tried", "", *markdown_table(names, rows, numbers_from=0), ""]
+    lines += ["## Take it home", "", *markdown_table(
+        ["for", "command of the LoRA Workbook; PATH is this folder"],
+        [[purpose, f"`{command}`"] for purpose, command in offers("PATH")]), ""]
     for example in record.get("examples", []):
         lines += [f"**Prompt** ({example['note']})", "", *_block(example["prompt"].strip()),
                   "adapter:", "", *_block(example["adapter"]),

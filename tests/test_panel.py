@@ -5,15 +5,17 @@ import csv
 import html
 import io
 import re
+import shlex
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
 from test_adapters import edit
 
-from helpers import ROOT, WorkbookError, adapters, panel, panel_html, tasks
+from helpers import ROOT, WorkbookError, adapters, export_plan, panel, panel_html, tasks
 
 TABLE = "CREATE TABLE employees (name VARCHAR, salary INTEGER)"
 
@@ -306,6 +308,20 @@ def test_the_memory_table_holds_base_and_every_adapter(shown):
     for part in (f">{shown.bank.base_bytes / 1e6:.1f} MB<", "q_proj, v_proj, down_proj", ">4<", ">8<",
                  f">{shown.bank.adapter_bytes('sql') / 1e6:.1f} MB<"):
         assert part in shown.memory.value
+
+
+def test_each_export_that_it_offers_is_a_command_that_works(shown, tiny):
+    for name, info in shown.bank.adapters.items():
+        shown.adapter.value = name
+        commands = re.findall(r"<td>(python -m .*?)</td>", shown.home.value)
+        assert len(commands) == len(export_plan.FOR) - (not info.verified) - bool(info.extras)
+        for command in commands:
+            words = shlex.split(html.unescape(command))[3:]
+            assert words[0] == "export" and Path(words[1]).resolve() == info.folder.resolve()
+            assert words[4:] == ["-p", f"base_model={tiny}"]
+            export_plan.plan_export(words[1], words[3], base_model=str(tiny))
+    shown.adapter.value = None
+    assert "Choose an adapter" in shown.home.value
 
 
 def test_no_adapters_at_all_is_a_base_model_to_try(tiny, tmp_path):

@@ -7,6 +7,7 @@ Every run starts from the same base model and trains on the SQL task's practice 
 the same seed, cosine schedule after 5% warm-up, AdamW, full precision (on a GPU computed in
 bfloat16). The held-out loss is that of 200 validation rows, per scored token; execution is the
 share of 100 of them whose answer returns the right rows. Runs share one GPU, so their times say nothing.
+Runs that the JSON file holds already are not repeated.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def run(case: dict) -> dict:
     answers = scoring.evaluate(tasks.TASKS["sql"], model.eval(), tokenizer, judged)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.unload()
-    return case | {"parameters": parameters, "loss_before": before, "loss": after,
+    return case | {"hardware": base_models.hardware(), "parameters": parameters, "loss_before": before, "loss": after,
                    "execution": answers["metrics"]["execution"].value,
                    "exact": answers["metrics"]["exact"].value}
 
@@ -136,7 +137,8 @@ def main() -> None:
     arguments = parser.parse_args()
     suites = arguments.suite or ["variants", "rows"]
     chosen = [case for suite in suites for case in cases(suite, arguments.seeds)]
-    runs = []
+    runs = json.loads(arguments.json.read_text())["runs"] if arguments.json.exists() else []
+    chosen = [case for case in chosen if not any(case.items() <= done.items() for done in runs)]
     with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
         for one in pool.map(run, chosen):
             runs.append(one)
@@ -145,7 +147,6 @@ def main() -> None:
             arguments.json.write_text(json.dumps({
                 "command": "python tests/benchmarks/variants.py "
                            + " ".join(f"--suite {suite}" for suite in suites),
-                "hardware": base_models.hardware(),
                 "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
                 "validation_rows": VALIDATION, "answered_rows": ANSWERED, "runs": runs}, indent=1),
                 encoding="utf-8")

@@ -4,8 +4,9 @@
 
 Each copy of a WikiSQL row after the first has its columns in another order. In half of the copies
 the text values are replaced, in question and query alike, by values that other rows compare with a
-column of the same name. Spider's rows are repeated as they are: in another order, and with further
-tables of their database, they taught less. Validation rows stay as they are.
+column of the same name. Spider's rows are repeated as they are, in each copy or in the first few
+(--spider): in another order, and with further tables of their database, they taught less.
+Validation rows stay as they are.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def revalued(row: dict, rng: random.Random, values: dict[str, list[str]]) -> dic
     return row | {"question": question, "answer": answer}
 
 
-def more(rows: list[dict], copies: int, seed: int) -> list[dict]:
+def more(rows: list[dict], copies: int, seed: int, spider: int) -> list[dict]:
     rng = random.Random(seed)
     train = [row for row in rows if row["split"] == "train"]
     values = defaultdict(list)
@@ -60,9 +61,9 @@ def more(rows: list[dict], copies: int, seed: int) -> list[dict]:
     made = [row for row in rows if row["split"] != "train"]
     for copy in range(copies):
         for row in train:
-            if not copy or row["source"] != "wikisql":
+            if not copy or row["source"] != "wikisql" and copy < spider:
                 made.append(row)
-            else:
+            elif row["source"] == "wikisql":
                 made.append(shuffled(revalued(row, rng, values) if rng.random() < 0.5 else row, rng))
     return made
 
@@ -72,11 +73,12 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--copies", type=int, default=7)
+    parser.add_argument("--spider", type=int, help="copies of Spider's rows (default: as many)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with gzip.open(arguments.source, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    made = more(rows, arguments.copies, arguments.seed)
+    made = more(rows, arguments.copies, arguments.seed, arguments.spider or arguments.copies)
     with gzip.open(arguments.target, "wt", encoding="utf-8", compresslevel=1) as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
     print(f"{len(made):,} rows from {len(rows):,}")
