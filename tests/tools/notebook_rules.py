@@ -324,7 +324,7 @@ def headings(path: Path) -> set[str]:
 
 
 def lesson_skeleton(page: Page):
-    """The parts that every lesson has (00 has no exercises and nothing before it, 08 and 10 nothing after it)."""
+    """The parts that every lesson has (00 has no exercises and nothing before it, 10 nothing after it)."""
     number, prose = page.path.stem[:2], page.prose
     first, last = source(page.notebook["cells"][0]), source(page.notebook["cells"][-1])
     parts = {f"a title '# {number} · …'": re.match(rf"# {number} · \S", first),
@@ -335,7 +335,7 @@ def lesson_skeleton(page: Page):
         parts["exercises: '## Check yourself'"] = re.search(r"^## Check yourself", prose, re.MULTILINE | re.IGNORECASE)
         before = "\n".join(source(cell) for cell in page.notebook["cells"][:4] if cell["cell_type"] == "markdown")
         parts["a link to a lesson before it"] = any(other < number for other in re.findall(r"\]\((\d\d)_\w+\.ipynb", before))
-    if number not in ("08", "10"):
+    if number != "10":
         parts["a link to the next lesson in the last cell"] = any(
             other > number for other in re.findall(r"\]\((\d\d)_\w+\.ipynb", last))
     for part, found in parts.items():
