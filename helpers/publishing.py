@@ -177,13 +177,13 @@ def model_card(record: dict) -> str:
         names = list(dict.fromkeys(name for run in record["tried"] for name in run))
         rows = [[run.get(name, "") for name in names] for run in record["tried"]]
         lines += ["## What was tried", "", *markdown_table(names, rows, numbers_from=0), ""]
-    lines += ["## Take it home", "", *markdown_table(
-        ["for", "command of the LoRA Workbook; PATH is this folder"],
-        [[purpose, f"`{command}`"] for purpose, command in offers("PATH")]), ""]
     for example in record.get("examples", []):
         lines += [f"**Prompt** ({example['note']})", "", *_block(example["prompt"].strip()),
                   "adapter:", "", *_block(example["adapter"]),
                   "expected:", "", *_block(example["reference"])]
+    offered = [[purpose, f"`{command}`"] for purpose, command in offers("PATH")]
+    lines += ["## Take it home", "", *markdown_table(
+        ["for", "command of the LoRA Workbook; PATH is this folder"], offered), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

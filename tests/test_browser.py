@@ -342,6 +342,13 @@ def test_history_is_exported_as_csv(shown, tmp_path):
     assert len(rows) >= 1 and rows[-1]["task"] == "detox" and float(rows[-1]["tokens_per_second"]) >= 0
 
 
+def test_the_commands_that_take_the_adapter_home_are_shown(shown):
+    shown.choose("Task", tasks.get_task("sql").title)
+    shown.page.locator(".lora-panel").get_by_text("Take the adapter home", exact=True).click()
+    shown.page.get_by_text(re.compile(r"export \S*sql --to gguf-lora")).wait_for()
+    shown.page.locator(".lora-panel").get_by_text("Take the adapter home", exact=True).click()
+
+
 def test_two_quick_clicks_make_one_run(shown):
     shown.press("Adapter alone")
     shown.tokens(40)

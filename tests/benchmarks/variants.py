@@ -147,6 +147,7 @@ def main() -> None:
             arguments.json.write_text(json.dumps({
                 "command": "python tests/benchmarks/variants.py "
                            + " ".join(f"--suite {suite}" for suite in suites),
+                "hardware": " and ".join(sorted({run["hardware"] for run in runs})),
                 "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
                 "validation_rows": VALIDATION, "answered_rows": ANSWERED, "runs": runs}, indent=1),
                 encoding="utf-8")

@@ -2,6 +2,7 @@
 
     python tests/tools/needs.py           run every notebook
     python tests/tools/needs.py 01 03     run these
+    python tests/tools/needs.py --keep    … and keep the executed notebooks and their pictures, as `make notebooks` does
     python tests/tools/needs.py --table   run nothing; write README's table again
 
 Every notebook runs headless, from a clean kernel, in a copy of the project, so that nothing in this folder changes. Run
@@ -37,7 +38,7 @@ QUIET = 10  # percent of all cores: with more than that, the minutes are marked
 
 def lessons() -> list[Path]:
     """The lessons that exist, in order."""
-    return sorted((ROOT / "notebooks").glob("0*.ipynb"))
+    return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
 def code_of(notebook) -> str:
@@ -90,8 +91,10 @@ class PeakMemory:
         self._thread.join()
 
 
-def measure(path: Path, timeout: int = 3600) -> dict:
-    """Run one notebook in a copy of the project. Returns its figures. Raises what its failing cell raised."""
+def measure(path: Path, keep: bool = False, timeout: int = 3600) -> dict:
+    """Run one notebook in a copy of the project. Returns its figures. Raises what its failing cell raised.
+
+    keep: put the executed notebook in the place of the one that was run, and its pictures into images/."""
     import nbformat
     import psutil
     from nbclient import NotebookClient
@@ -105,11 +108,16 @@ def measure(path: Path, timeout: int = 3600) -> dict:
             elif source.exists():
                 shutil.copy(source, Path(folder) / name)
         os.environ["CUSTOM_LORA_ADAPTERS_DIR"] = str(Path(folder) / "adapters" / "custom")
-        client = NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(Path(folder) / "notebooks")}})
+        place = {"metadata": {"path": str(Path(folder) / "notebooks")}}
+        client = NotebookClient(notebook, timeout=timeout, record_timing=False, resources=place)
         busy, start = psutil.cpu_percent(interval=3), time.monotonic()
         with PeakMemory() as memory:
             client.execute()
         seconds = time.monotonic() - start
+        if keep:
+            write_text(path, nbformat.writes(notebook) + "\n")
+            for picture in Path(folder, "images").glob("*.png"):
+                shutil.copy(picture, ROOT / "images")
     return {"seconds": round(seconds, 1), "peak_bytes": memory.bytes, "busy": round(busy), "code": code_of(notebook),
             "date": date.today().isoformat(), "machine": machine()}
 
@@ -155,6 +163,7 @@ def write_readme() -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", nargs="*", help="notebooks to run, such as 01 03 (default: all)")
+    parser.add_argument("--keep", action="store_true", help="keep the executed notebooks and their pictures")
     parser.add_argument("--table", action="store_true", help="run nothing; only write README's table again")
     options = parser.parse_args(arguments)
     chosen = [path for path in lessons() if not options.numbers or path.stem[:2] in options.numbers]
@@ -162,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in chosen if not options.table else []:
         print(f"{path.stem}: ", end="", flush=True)
         try:
-            found = measure(path)
+            found = measure(path, options.keep)
         except Exception as error:  # the other notebooks still run; the exit code says that one did not
             failed.append(path.stem)
             print(f"failed: {str(error).strip().splitlines()[-1]}")
