@@ -137,7 +137,9 @@ def main() -> None:
     arguments = parser.parse_args()
     suites = arguments.suite or ["variants", "rows"]
     chosen = [case for suite in suites for case in cases(suite, arguments.seeds)]
-    runs = json.loads(arguments.json.read_text())["runs"] if arguments.json.exists() else []
+    runs = []
+    if arguments.json.exists():
+        runs = json.loads(arguments.json.read_text(encoding="utf-8"))["runs"]
     chosen = [case for case in chosen if not any(case.items() <= done.items() for done in runs)]
     with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
         for one in pool.map(run, chosen):
