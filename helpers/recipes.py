@@ -62,7 +62,7 @@ class FineTuneConfig:
     validation_rows: rows on which the loss is measured before the first step, every
     checkpoint_steps and at the end; the checkpoint with the lowest is kept. 0: none, the last step
     is kept. patience: training ends after so many measurements without a lower one; None: never.
-    compile: torch.compile; for packed rows on one GPU a step is also recorded as a CUDA graph.
+    compile: torch.compile; for packed rows on a GPU a step is also recorded as a CUDA graph.
 
     Raises WorkbookError that names the first value which cannot work; nothing is loaded or created.
     """

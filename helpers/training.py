@@ -226,7 +226,7 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     if config.compile:
         recorded.compile_blocks(model, dynamic=not packed)
         summed = torch.compile(summed_cross_entropy, dynamic=not packed)
-        if bfloat16 and recorded.records_steps(config, world_size(), model.config.model_type):
+        if bfloat16 and recorded.records_steps(config, model.config.model_type):
             kind = recorded.RecordedTrainer
     watched = Dataset.from_list(_labelled(config, validation)) if validation else None
     return kind(model=lora_model, args=_arguments(config, len(dataset), run_dir, bool(watched)),

@@ -35,6 +35,14 @@ def main(scenario: str, asked: int = 2) -> None:
             [].pop()
         if rank == 1 and scenario in ("SIGKILL", "SIGSEGV", "SIGSTOP"):
             os.kill(os.getpid(), getattr(signal, scenario))
+        if scenario == "average":
+            import torch
+
+            from helpers.fast import recorded
+
+            gradients = [torch.full((2, 3), float(rank)), torch.tensor([10.0 * rank + 1])]
+            recorded.average(gradients)
+            print(f"average {[gradient.tolist() for gradient in gradients]}", flush=True)
         if scenario == "endless":
             time.sleep(600)
         sum_of_ranks()

@@ -158,6 +158,13 @@ def test_nobody_outlives_whoever_started_them(tmp_path, victim):
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
 
+def test_recorded_steps_average_their_gradients(tmp_path):
+    """What RecordedTrainer does after each replay in place of DistributedDataParallel."""
+    workers.launch(planned(tmp_path, "average"), tmp_path / "logs")
+    said = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stdout.log"))]
+    assert len(said) == 2 and all("average [[[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]], [6.0]]" in text for text in said)
+
+
 def test_too_few_workers_are_noticed(tmp_path):
     """accelerate 1.15 starts one process on a CPU, whatever its configuration asks for."""
     [config] = workers.accelerate_configs(planned(tmp_path))

@@ -8,8 +8,10 @@ sooner than the next one is started. Recorded once, they are started together
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import distributed
 
 from helpers.trainer import CompletionTrainer
 
@@ -18,15 +20,14 @@ from helpers.trainer import CompletionTrainer
 TRIED = {"llama": ("wrapped", "documents"), "bloom": ("wrapped",)}
 
 
-def records_steps(config, world: int, model_type: str) -> bool:
+def records_steps(config, model_type: str) -> bool:
     """Whether a run's steps can be recorded: all must have the same shapes, as packed rows have.
 
-    Not with accumulation: a replay writes gradients and does not add to them. Not with several
-    workers, whose gradients DistributedDataParallel exchanges. Not with checkpointing, which keeps
-    the state of the random numbers on the host.
+    Not with accumulation: a replay writes gradients and does not add to them. Not with
+    checkpointing, which keeps the state of the random numbers on the host.
     """
-    return (config.packing in TRIED.get(model_type, ()) and world == 1
-            and config.gradient_accumulation == 1 and not config.gradient_checkpointing)
+    return (config.packing in TRIED.get(model_type, ()) and config.gradient_accumulation == 1
+            and not config.gradient_checkpointing)
 
 
 def transformer_blocks(model) -> torch.nn.ModuleList:
@@ -51,10 +52,20 @@ def undo_compile(model) -> None:
 
 
 class RecordedTrainer(CompletionTrainer):
-    """A CompletionTrainer whose step is recorded. Made for runs of which `records_steps` is
-    true."""
+    """A CompletionTrainer whose step is recorded. Made for runs of which `records_steps` is true.
+
+    Several workers average the gradients after each replay: LoRA's are small, so nothing is gained
+    by sending them earlier. (DistributedDataParallel's own hooks wait for another stream, which a
+    recording does not allow.)
+    """
 
     step = None
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        # accelerate's words for: without DistributedDataParallel around the model
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model,
+                                                 evaluation_mode=True)
 
     def train(self, *arguments, **options):
         try:
@@ -68,7 +79,10 @@ class RecordedTrainer(CompletionTrainer):
             trained = [p for p in model.parameters() if p.requires_grad]
             self.step = RecordedStep(lambda batch: self.loss_of(model, batch), trained)
         count = {} if num_items_in_batch is None else {"count": num_items_in_batch}
-        return self.step(self._prepare_inputs(inputs) | count)
+        loss = self.step(self._prepare_inputs(inputs) | count)
+        if distributed.is_initialized():
+            average([p.grad for p in self.step.parameters])
+        return loss
 
     def loss_of(self, model, batch: dict) -> torch.Tensor:
         return self.compute_loss(model, batch, False, batch.get("count"))
@@ -121,6 +135,16 @@ class RecordedStep:
             loss = self.loss_of(self.batch)
             loss.backward()
         self.loss, self.gradients = loss.detach(), [p.grad for p in self.parameters]
+
+
+def average(gradients: list[torch.Tensor]) -> None:
+    """Each gradient becomes its mean over all workers, in one exchange."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _shapes(batch: dict[str, torch.Tensor]) -> dict[str, tuple]:

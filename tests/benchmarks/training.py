@@ -4,11 +4,13 @@
     python tests/benchmarks/training.py --suite packed --json packed.json  # a GPU: rows of 1,024 tokens, every one scored
     python tests/benchmarks/training.py --suite bloom --json bloom.json    # a GPU: the reference's recipe, bloom-1b1's shape
     python tests/benchmarks/training.py --suite trio --json trio.json      # a GPU: its three jobs as a whole, once, minutes
+    python tests/benchmarks/training.py --suite llama8b --json llama8b.json  # a GPU: Llama-3.1-8B's shape; qwen8b: Qwen3-8B's
 
 Every variant of a suite trains the same practice rows for the same number of optimizer steps of as many rows; the first steps
 warm up and do not count. Printed: median of the repeats and their range, ratios within this run, the loss at the end, peak
-memory of a GPU, or, on a CPU, the share of the rate that plain float32 matrix products reach in the same run.
-bloom-1b1 itself is not needed: a model of its shape with random weights costs the same time.
+memory of a GPU, and the share of the rate that plain matrix products reach in the same run (float32 on a CPU, bfloat16 on a GPU).
+The large models themselves are not needed: one of the same shape with random weights costs the same time.
+A variant that fails (a peer's options may not go together) is left out, and the JSON file says why.
 Unsloth asks for older libraries: `--unsloth "COMMAND"` adds it to the packed suite, where COMMAND starts a Python that has it.
 """
 
@@ -17,12 +19,14 @@ import functools
 import gc
 import json
 import math
+import multiprocessing
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,9 +37,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "practice")]
 from make_practice import practice_rows  # noqa: E402
 
 from helpers import base_models, data, recipes, tasks, training, write_json  # noqa: E402
+from helpers.adapter_layers import layer_shapes, skeleton  # noqa: E402
 
 SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 18, "warm_up": 6},
-          "bloom": {"rows": 4, "steps": 24, "warm_up": 8}, "trio": {"rows": 4}}
+          "bloom": {"rows": 4, "steps": 24, "warm_up": 8}, "trio": {"rows": 4},
+          "llama8b": {"rows": 2, "width": 2048, "steps": 14, "warm_up": 6},
+          "qwen8b": {"rows": 2, "width": 2048, "steps": 14, "warm_up": 6}}
+EIGHT_B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
+SHAPES = {  # a suite's base model: its config's class and values
+    "bloom": ("BloomConfig", {"n_layer": 24, "n_head": 16, "hidden_size": 1536, "vocab_size": 250_880}),
+    "llama8b": ("LlamaConfig", EIGHT_B | {"num_hidden_layers": 32, "intermediate_size": 14_336, "vocab_size": 128_256}),
+    "qwen8b": ("Qwen3Config", EIGHT_B | {"num_hidden_layers": 36, "intermediate_size": 12_288, "vocab_size": 151_936})}
+SHAPES["trio"] = SHAPES["bloom"]
 TRIO = {"instruct": 4_400_000, "sql": 11_100_000, "detox": 3_000_000}  # tokens of the reference's three jobs
 
 
@@ -92,24 +105,39 @@ def ours(arguments, rows, folder, plain_attention=False, **changes):
     return training.make_trainer(config, model, tokenizer, encoded, folder)
 
 
-def unsloth(arguments, rows, precision: str, **changes) -> dict:
+def unsloth(arguments, rows, precision: str, checkpointing: str = "none", **changes) -> dict:
     """Unsloth on the whole rows that `ours` gets, in a Python of its own; the same record as `measure` gives."""
     from safetensors.torch import save_file
 
     config = config_of(arguments, **changes)
-    encoded, _ = data.encode_rows(base_models.load_tokenizer(), tasks.get_task("sql"), rows, config.max_length)
+    encoded, _ = data.encode_rows(base_models.load_tokenizer(arguments.base_model), tasks.get_task("sql"), rows, config.max_length)
     packed = [row for row in training.make_dataset(config, encoded) if len(row["labels"]) == config.max_length]
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder, "rows.safetensors"), Path(folder, "result.json")
         save_file({name: torch.tensor([row[name] for row in packed]) for name in ("input_ids", "labels")}, file)
         options = {"base": base_models.fetch(arguments.base_model), "rows-file": file, "json": out, "precision": precision,
-                   "rows": arguments.rows, "steps": arguments.steps, "warm-up": arguments.warm_up}
+                   "rows": arguments.rows, "steps": arguments.steps, "warm-up": arguments.warm_up,
+                   "checkpointing": checkpointing}
         command = [*shlex.split(arguments.unsloth), str(Path(__file__).with_name("unsloth_steps.py")),
                    *[word for name, value in options.items() for word in (f"--{name}", str(value))]]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} failed: {(done.stdout + done.stderr)[-3000:]}")
         return json.loads(out.read_text(encoding="utf-8"))
+
+
+def packed_rows(arguments) -> dict:
+    """Settings for packed rows of which every token is scored, as a stream of plain text."""
+    return {"packing": "wrapped", "max_length": arguments.width, "completion_only": False, "rank": 16,
+            "schedule": "constant", "learning_rate": 2e-4}
+
+
+def fastest(arguments) -> dict:
+    """This workbook's fastest settings for the packed rows of a suite."""
+    if arguments.suite == "bloom":
+        return {"preset": "reference", "gradient_accumulation": 1, "optimizer": "adamw_torch", "max_length": arguments.width,
+                "precision": "full", "compile": True}
+    return packed_rows(arguments) | {"precision": "full" if arguments.suite == "packed" else "4bit", "compile": True}
 
 
 def variants(arguments) -> dict:
@@ -119,9 +147,21 @@ def variants(arguments) -> dict:
 
     if arguments.suite == "rows":
         return {"TRL defaults": of(stock), "workbook, 4 bits": of(ours), "workbook, full precision": of(ours, precision="full")}
+    packed = packed_rows(arguments)
+    if arguments.suite in ("llama8b", "qwen8b"):
+        plain = {"packed": True, "gradient_checkpointing": False}
+        small = {"gradient_checkpointing": True, "optimizer": "paged_adamw_32bit"}
+        other = {f"Unsloth, checkpointing {kind}": functools.partial(unsloth, **packed, precision="4bit", checkpointing=kind)
+                 for kind in ("none", "unsloth")} if arguments.unsloth else {}
+        return {"TRL defaults": of(stock, packed=True),
+                "TRL, no checkpointing": of(stock, **plain),
+                "TRL, no checkpointing, Liger": of(stock, **plain, use_liger_kernel=True),
+                "TRL, no checkpointing, Liger, compiled": of(stock, **plain, use_liger_kernel=True, torch_compile=True),
+                **other,
+                "workbook, compiled": of(ours, **packed, compile=True),
+                "workbook, compiled, checkpointing": of(ours, **packed, **small, compile=True),
+                "workbook, 1 row a step, checkpointing": of(ours, **packed, **small, batch_size=1)}
     if arguments.suite == "packed":
-        packed = {"packing": "wrapped", "max_length": arguments.width, "completion_only": False, "rank": 16,
-                  "schedule": "constant", "learning_rate": 2e-4}
         apart = packed | {"packing": "documents"}
         other = {"Unsloth": functools.partial(unsloth, **packed, precision="full"),
                  "Unsloth, 4 bits": functools.partial(unsloth, **packed, precision="4bit")} if arguments.unsloth else {}
@@ -145,17 +185,17 @@ def variants(arguments) -> dict:
 
 def trio(arguments) -> None:
     """The reference's three jobs one after the other: as many tokens as its own, practice rows over and over. Totals in the JSON
-    file, when all are done."""
-    result = {"hardware": base_models.hardware(), "torch": torch.__version__, "jobs": {},
-              "command": "python tests/benchmarks/training.py --suite trio"}
+    file, when all are done. --workers shares the rows of a step among so many GPUs."""
+    result = {"hardware": base_models.hardware(), "torch": torch.__version__, "workers": arguments.workers, "jobs": {},
+              "command": f"python tests/benchmarks/training.py --suite trio --workers {arguments.workers}"}
     for task, tokens in TRIO.items():
         begin = time.perf_counter()
         config = recipes.FineTuneConfig.from_parameters(
-            task=task, base_model=arguments.base_model, preset="reference", precision="full", batch_size=arguments.rows,
-            gradient_accumulation=1, optimizer="adamw_torch", compile=True, max_length=arguments.width, checkpoint_steps=500,
+            task=task, base_model=arguments.base_model, preset="reference", precision="full",
+            batch_size=arguments.rows // arguments.workers, gradient_accumulation=1, optimizer="adamw_torch", compile=True, max_length=arguments.width, checkpoint_steps=500,
             max_steps=math.ceil(tokens / (arguments.rows * arguments.width)))
         with tempfile.TemporaryDirectory() as folder:
-            one = training.run(config, Path(folder, "run"))
+            one = training.run(config, Path(folder, "run"), arguments.workers)
         result["jobs"][task] = {"tokens": tokens, "steps": one["steps"], "seconds": time.perf_counter() - begin,
                                 "training_seconds": one["training_seconds"], "final_loss": one["final_loss"]}
         if len(result["jobs"]) == len(TRIO):
@@ -168,19 +208,32 @@ def trio(arguments) -> None:
           "from the first step with its compiling to the last")
 
 
-def bloom_shape(folder: Path) -> str:
-    """A model of bigscience/bloom-1b1's shape with random weights, and the embedded base's tokenizer, in a local folder."""
-    from transformers import AutoModelForCausalLM, BloomConfig
+def random_model(suite: str, folder: Path) -> str:
+    """A model of the suite's shape with random weights, and the embedded base's tokenizer, in a local folder."""
+    import transformers
 
     torch.manual_seed(0)
     tokenizer = base_models.load_tokenizer()
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = BloomConfig(n_layer=24, n_head=16, hidden_size=1536, vocab_size=250_880, **special)
+    kind, values = SHAPES[suite]
+    config = getattr(transformers, kind)(**values, **special)
     with torch.device(base_models.best_device()):
-        model = AutoModelForCausalLM.from_config(config, dtype=base_models.best_dtype())
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=base_models.best_dtype())
+    # transformers makes the padding token's row zero; it is the end-of-text token too, and a norm of zeros has no gradient.
+    torch.nn.init.normal_(model.get_input_embeddings().weight.data[tokenizer.pad_token_id], std=0.02)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+class Counted:
+    """A collator that sends the number of a batch's tokens along with it: batches are made ahead, in other processes."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, batch):
+        return {**self.collator(batch), "tokens": torch.tensor(sum(len(row["input_ids"]) for row in batch))}
 
 
 def measure(make, arguments, rows) -> dict:
@@ -198,16 +251,6 @@ def measure(make, arguments, rows) -> dict:
             self.moments.append(time.perf_counter())
 
     counted = []
-
-    class Counted:
-        """Sends the number of a batch's tokens along with it: batches are made ahead, in other processes."""
-
-        def __init__(self, collator):
-            self.collator = collator
-
-        def __call__(self, batch):
-            return {**self.collator(batch), "tokens": torch.tensor(sum(len(row["input_ids"]) for row in batch))}
-
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -244,14 +287,19 @@ def free_memory() -> None:
 
 
 def matrix_rate() -> float:
-    """FLOP/s of float32 matrix products of this model's shapes on this device's CPU."""
-    a, b = torch.randn(1024, 576), torch.randn(576, 1536)
+    """FLOP/s of matrix products: on a GPU large ones in bfloat16, on a CPU float32 ones of the embedded model's shapes."""
+    cuda = torch.cuda.is_available()
+    m, n, k = (8192, 8192, 8192) if cuda else (1024, 1536, 576)
+    options = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
+    a, b = torch.randn(m, k, **options), torch.randn(k, n, **options)
     best = 0.0
     for _ in range(5):
         begin = time.perf_counter()
         for _ in range(20):
             a @ b
-        best = max(best, 20 * 2 * 1024 * 576 * 1536 / (time.perf_counter() - begin))
+        if cuda:
+            torch.cuda.synchronize()
+        best = max(best, 20 * 2 * m * n * k / (time.perf_counter() - begin))
     return best
 
 
@@ -260,23 +308,34 @@ def main() -> None:
     parser.add_argument("--base-model", default=base_models.EMBEDDED)
     parser.add_argument("--suite", choices=SUITES, default="rows")
     parser.add_argument("--rows", type=int, help="rows of an optimizer step")
-    parser.add_argument("--width", type=int, default=1024, help="tokens of a packed row")
+    parser.add_argument("--width", type=int, help="tokens of a packed row (default 1024, 2048 for 8B)")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--warm-up", type=int, help="steps that do not count")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="GPUs of the suite trio")
     parser.add_argument("--unsloth", default="", help='command of a Python with Unsloth, for instance "/opt/unsloth/bin/python"')
     parser.add_argument("--only", nargs="*", default=[], help="variants to run: their names, or how names start")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    for name, value in SUITES[arguments.suite].items():
+    for name, value in ({"width": 1024} | SUITES[arguments.suite]).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     if arguments.suite != "trio" and (arguments.steps <= arguments.warm_up or arguments.warm_up < 1):
         parser.error("--steps must be more than --warm-up, and --warm-up at least 1")
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.suite in ("bloom", "trio"):
-            arguments.base_model = bloom_shape(Path(folder) / "bloom-1b1-shape")
+        if arguments.suite in SHAPES:
+            arguments.base_model = random_model(arguments.suite, Path(folder) / f"{arguments.suite}-shape")
         (trio if arguments.suite == "trio" else run)(arguments)
+
+
+def measure_variant(name: str, arguments, rows) -> dict:
+    return variants(arguments)[name](arguments, rows)
+
+
+def alone(name: str, arguments, rows) -> dict:
+    """`measure_variant` in a process of its own: Liger, for one, changes transformers' classes for all that comes after it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure_variant, name, arguments, rows).result()
 
 
 def run(arguments) -> None:
@@ -288,52 +347,53 @@ def run(arguments) -> None:
         sys.exit(f"error: --only {nothing[0]!r} names no variant of the suite {arguments.suite}: it has {', '.join(known)}.")
     wanted = {name: one for name, one in known.items() if not arguments.only or name in arguments.only or name.startswith(starts)}
     found: dict[str, list[dict]] = {name: [] for name in wanted}
-    rates = []
+    rates, failed = [], {}
     for repeat in range(arguments.repeats):
         rates.append(matrix_rate())
-        for name, one in wanted.items():
-            found[name].append(one(arguments, rows))
-            print(f"repeat {repeat + 1}: {name}: {found[name][-1]}", flush=True)
+        for name in [name for name in wanted if name not in failed]:
+            try:
+                found[name].append(alone(name, arguments, rows))
+                print(f"repeat {repeat + 1}: {name}: {found[name][-1]}", flush=True)
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"[-1500:]
+                del found[name]
+                print(f"repeat {repeat + 1}: {name} failed: {failed[name]}", flush=True)
+                free_memory()
             if arguments.json:  # a long run that is cut short has lost nothing
-                write_json(arguments.json, summary(arguments, found, rates))
-    result = summary(arguments, found, rates)
-    print(f"\n{result['hardware']}; float32 matrix products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
+                write_json(arguments.json, summary(arguments, found, rates, failed))
+    result = summary(arguments, found, rates, failed)
+    print(f"\n{result['hardware']}; matrix products {statistics.median(rates) / 1e9:,.0f} GFLOP/s")
     for name, one in result["variants"].items():
         speeds = [each["tokens_per_second"] for each in one["runs"]]
-        more = f"{one['runs'][0]['peak_gpu_gb']:5.1f} GB" if torch.cuda.is_available() else \
-            f"{one['share_of_matrix_rate']:.0%} of the matrix rate"
-        print(f"{name:30}{one['median']:12,.0f} tokens/s [{min(speeds):,.0f}, {max(speeds):,.0f}]   x{one['ratio']:.2f}   "
-              f"loss {one['runs'][0]['loss']:.4f}   {more}")
+        gpu = f"{one['runs'][0]['peak_gpu_gb']:5.1f} GB, " if torch.cuda.is_available() else ""
+        print(f"{name:38}{one['median']:12,.0f} tokens/s [{min(speeds):,.0f}, {max(speeds):,.0f}]   x{one['ratio']:.2f}   "
+              f"loss {one['runs'][0]['loss']:.4f}   {gpu}{one['share_of_matrix_rate']:.0%} of the matrix rate")
 
 
-def summary(arguments, found: dict[str, list[dict]], rates: list[float]) -> dict:
+def summary(arguments, found: dict[str, list[dict]], rates: list[float], failed: dict[str, str]) -> dict:
     """What goes to the JSON file: every run, and of each variant the median, its ratio to the first variant's.
 
     Turns count that all variants have finished (in the first, every run).
     """
-    finished = max(1, min(map(len, found.values())))
+    finished = max(1, min(map(len, found.values()), default=1))
     found = {name: runs[:finished] for name, runs in found.items() if runs}
-    first = statistics.median(run["tokens_per_second"] for run in next(iter(found.values())))
-    # A token passes the frozen layers once forward and once backward: 2 + 2 FLOP a weight. The head is not counted.
-    layers = 4 * sum(out * into for out, into in _layers(arguments.base_model))
+    first = statistics.median([run["tokens_per_second"] for run in next(iter(found.values()), [])] or [1.0])
+    # A token passes the frozen weights once forward and once backward: 2 + 2 FLOP a weight. Short rows score few places, so the
+    # head is counted where every place is scored. Attention and LoRA are not counted.
+    weights = sum(out * into for out, into in layer_shapes(arguments.base_model).values())
+    if arguments.suite != "rows":
+        weights += skeleton(arguments.base_model).get_output_embeddings().weight.numel()
     kept = {name: value for name, value in vars(arguments).items() if name not in ("json", "base_model", "unsloth")}
     only = " --only " + " ".join(f'"{name}"' for name in arguments.only) if arguments.only else ""
     only += ' --unsloth "…"' if arguments.unsloth else ""
     result = {"hardware": base_models.hardware(), "torch": torch.__version__, "arguments": kept,
               "command": f"python tests/benchmarks/training.py --suite {arguments.suite}{only}",
-              "matrix_gflops": [rate / 1e9 for rate in rates], "variants": {}}
+              "matrix_gflops": [rate / 1e9 for rate in rates], "variants": {}, "failed": failed}
     for name, runs in found.items():
         middle = statistics.median(run["tokens_per_second"] for run in runs)
-        result["variants"][name] = {"runs": runs, "median": middle, "ratio": middle / first}
-        if not torch.cuda.is_available():
-            result["variants"][name]["share_of_matrix_rate"] = middle * layers / statistics.median(rates)
+        result["variants"][name] = {"runs": runs, "median": middle, "ratio": middle / first,
+                                    "share_of_matrix_rate": 4 * weights * middle / statistics.median(rates)}
     return result
-
-
-def _layers(base_model: str) -> list[tuple[int, int]]:
-    from helpers.adapters import layer_shapes
-
-    return list(layer_shapes(base_model).values())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What many workers bring, measured. Every command writes JSON; the same commands run on GPUs (one worker a GPU, NCCL).
 
     python tests/benchmarks/workers.py scaling --workers 2    tokens/s of one worker and of N, interleaved
+    python tests/benchmarks/workers.py scaling --suite llama8b    the same of the compiled and recorded steps of training.py's suite
     python tests/benchmarks/workers.py losses --workers 2     N workers x b rows against 1 worker x N b rows: loss by step
     python tests/benchmarks/workers.py kills --cycles 20      kill a worker, resume, compare with a run that was left alone
 
@@ -9,6 +10,7 @@ Nothing else may run meanwhile: two threads that share a core with a third proce
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import random
@@ -78,6 +80,23 @@ def measure(out: str, asked: int, steps: int, rows: int, length: int, what: str,
             Path(out).write_text(json.dumps(result), encoding="utf-8")
 
 
+def measure_suite(out: str, asked: int, suite: str, base_model: str) -> None:
+    """One worker of this workbook's fastest steps for a suite of training.py; rank 0 writes tokens/s of the whole group."""
+    from helpers import worker_group
+    from tests.benchmarks import training as suites
+
+    settings = {"width": 1024} | suites.SUITES[suite]
+    arguments = argparse.Namespace(suite=suite, base_model=base_model, **settings)
+    with worker_group.group(asked, {"benchmark": suite}):
+        rows = suites.practice_rows("sql", "train", asked * settings["steps"] * settings["rows"] * settings["width"] // 60)
+        make = functools.partial(suites.ours, **suites.fastest(arguments))
+        result = suites.measure(make, arguments, rows)
+        if os.environ.get("RANK", "0") == "0":
+            result["tokens_per_second"] *= asked  # every worker has as many rows
+            result["peak_gpu_bytes"] = 1e9 * result["peak_gpu_gb"]
+            Path(out).write_text(json.dumps(result), encoding="utf-8")
+
+
 def load(shape: str):
     """The embedded base model in full precision, or a random model of another one's shape ("bloom-1b1")."""
     import torch
@@ -103,14 +122,18 @@ def count_and_average(total: list[int], bucket):
 
 def run_measure(count: int, threads: int | None, steps: int, rows: int, length: int, what="lora", shape="embedded") -> dict:
     """`measure` in a fresh group of `count` workers with `threads` threads each; returns what it wrote."""
+    return in_group(count, threads, "measure", steps, rows, length, what, shape)
+
+
+def in_group(count: int, threads: int | None, command: str, *arguments) -> dict:
+    """A measuring command in a fresh group of `count` workers with `threads` threads each; returns what it wrote."""
     before = os.environ.get("OMP_NUM_THREADS")
     with tempfile.TemporaryDirectory() as folder:
         out, logs = Path(folder) / "result.json", Path(folder) / "logs"
         try:
             if threads:
                 os.environ["OMP_NUM_THREADS"] = str(threads)
-            arguments = ["measure", str(out), count, steps, rows, length, what, shape]
-            workers.launch(workers.plan(MODULE, arguments, count, logs), logs)
+            workers.launch(workers.plan(MODULE, [command, str(out), count, *arguments], count, logs), logs)
         finally:
             if threads:
                 os.environ.pop("OMP_NUM_THREADS")
@@ -123,7 +146,15 @@ def scaling(args) -> dict:
     """Interleaved rounds of: 1 worker, N workers, and on a CPU also 1 worker with as many threads as they have together."""
     import torch
 
+    from helpers import base_models
+    from tests.benchmarks import training as suites
+
     cuda = torch.cuda.is_available()
+    folder = tempfile.TemporaryDirectory()
+    base_model = base_models.EMBEDDED
+    if args.suite in suites.SHAPES:
+        base_model = suites.random_model(args.suite, Path(folder.name))
+        suites.free_memory()
     kinds = {"1 worker": (1, None if cuda else 1), f"{args.workers} workers": (args.workers, None if cuda else 1)}
     if not cuda:
         kinds[f"1 worker of {args.workers} threads"] = (1, args.workers)
@@ -131,10 +162,14 @@ def scaling(args) -> dict:
     memory = {}
     for _ in range(args.rounds):
         for name, (count, threads) in kinds.items():
-            result = run_measure(count, threads, args.steps, args.rows, args.length, shape=args.shape)
+            if args.suite:
+                result = in_group(count, threads, "suite", args.suite, base_model)
+            else:
+                result = run_measure(count, threads, args.steps, args.rows, args.length, shape=args.shape)
             speeds[name].append(result["tokens_per_second"])
             memory[name] = result["peak_gpu_bytes"]
             print(f"{name:24}{result['tokens_per_second']:10.1f} tokens/s", file=sys.stderr, flush=True)
+    folder.cleanup()
     one, many = list(speeds.values())[:2]
     efficiency = [b / (args.workers * a) for a, b in zip(one, many, strict=True)]
     return {"tokens_per_second": {name: spread(values) for name, values in speeds.items()}, "efficiency": spread(efficiency),
@@ -154,21 +189,39 @@ def config_of(args, folder: str, **changes):
         args.base_model = make_tiny(Path(folder, "tiny-llama"))
     settings = {"task": "sql", "base_model": str(args.base_model), "max_steps": args.steps, "max_rows": args.max_rows,
                 "precision": args.precision, "learning_rate": args.learning_rate, "checkpoint_steps": 5, **changes}
+    if args.compile:
+        settings |= {"packing": "wrapped", "max_length": 256, "compile": True}
     return recipes.FineTuneConfig.from_parameters(**settings)
 
 
 def losses(args) -> dict:
     """The SQL job's training, N workers x b rows against 1 worker x N b rows."""
-    from helpers import training
+    from helpers import read_json, training
 
     with tempfile.TemporaryDirectory() as folder:
         small, large = (config_of(args, folder, batch_size=args.rows * n) for n in (1, args.workers))
-        many = training.run(small, Path(folder, "many"), workers=args.workers)
+        if args.float32:
+            compute_in_float32()
+            run = Path(folder, "many")
+            training._open_run(small, run, args.workers, resume=False, validation=[])
+            workers.launch(workers.plan(MODULE, ["float32", str(run)], args.workers, run / "workers"), run / "workers")
+            many = read_json(run / "trained" / "metrics.json")
+        else:
+            many = training.run(small, Path(folder, "many"), workers=args.workers)
         one = training.run(large, Path(folder, "one"))
     pairs = [(a, b) for (_, a), (_, b) in zip(one["loss_log"], many["loss_log"], strict=True)]
     return {"steps": args.steps, "logged": len(pairs), "largest_difference": max(abs(a - b) for a, b in pairs),
             "largest_relative_difference": max(abs(a - b) / abs(a) for a, b in pairs), "losses": pairs,
             "seconds": {"1 worker": one["training_seconds"], f"{args.workers} workers": many["training_seconds"]}}
+
+
+def compute_in_float32() -> None:
+    """In this process the trainer computes in float32 on a GPU too: bfloat16's own rounding drifts apart within a hundred steps."""
+    import torch
+
+    from helpers import base_models
+
+    base_models.best_dtype = lambda: torch.float32
 
 
 def kills(args) -> dict:
@@ -243,11 +296,15 @@ def main() -> None:
             sub.add_argument("--rounds", type=int, default=5)
             sub.add_argument("--length", type=int, default=64, help="tokens a row")
             sub.add_argument("--shape", choices=["embedded", "bloom-1b1"], default="embedded")
+            sub.add_argument("--suite", choices=["packed", "bloom", "llama8b", "qwen8b"])
         else:
+            sub.add_argument("--compile", action="store_true", help="packed rows, compiled, on GPUs recorded")
             sub.add_argument("--base-model", default="smollm2-135m-instruct", help="or tiny")
             sub.add_argument("--precision", choices=["full", "4bit"], default="full")
             sub.add_argument("--max-rows", type=int, default=320)
             sub.add_argument("--learning-rate", type=float, help="a large one makes differences of rounding grow")
+        if name == "losses":
+            sub.add_argument("--float32", action="store_true", help="compute in float32 on GPUs too")
         if name == "kills":
             sub.add_argument("--cycles", type=int, default=20)
             sub.add_argument("--until", type=float, default=2.0, help="seconds after the first checkpoint, at most")
@@ -270,5 +327,14 @@ if __name__ == "__main__":
         from torch.distributed.elastic.multiprocessing.errors import record
 
         record(measure)(sys.argv[2], *map(int, sys.argv[3:7]), *sys.argv[7:9])
+    elif sys.argv[1:2] == ["suite"]:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        record(measure_suite)(sys.argv[2], int(sys.argv[3]), *sys.argv[4:6])
+    elif sys.argv[1:2] == ["float32"]:
+        from helpers import training
+
+        compute_in_float32()
+        training.main(sys.argv[2])
     else:
         main()
