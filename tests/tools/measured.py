@@ -36,6 +36,9 @@ def shipped() -> list[str]:
         cells = [interval(evaluation[who][metric]) if who else ""
                  for who in ("base", "base, own chat template", baseline, "adapter")]
         cells[2] += f" ({baseline})" if baseline else ""
+        all_rows = max([evaluation, *(record.get("more") or [])], key=lambda one: one["rows"])
+        if all_rows is not evaluation:
+            cells[3] = f"{interval(all_rows['adapter'][metric])} ({all_rows['rows']:,} rows, {all_rows['source'].split(', ')[1]})"
         table.append(f"| [{folder.name}](adapters/prebuilt/{folder.name}/README.md) | {metric}, {evaluation['rows']:,} rows | "
                      f"{' | '.join(cells)} |")
     return [*table, "", f"Trained with `preset=full_data`: {'; '.join(trained)}. The cards have all metrics, sources, baselines "

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -42,8 +43,8 @@ def lessons() -> list[Path]:
 
 
 def code_of(notebook) -> str:
-    """A hash of a notebook's code: figures measured with other code are out of date."""
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    """A hash of a notebook's code without its comments: figures measured with other code are out of date."""
+    code = [re.sub(r"\s*#.*", "", cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:12]
 
 
