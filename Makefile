@@ -31,10 +31,10 @@ $(VENV)/.dev: $(VENV)/.ready
 run: setup
 	@$(PY) -m helpers.jobs run sql $(ARGS)
 
-# The everyday loop: lint and the unit tests named here, four minutes on two cores. Which files of helpers/ it covers is not measured.
+# The everyday loop: lint and the unit tests named here, two files at a time. Which files of helpers/ it covers is not measured.
 QUICK := project size install data evaluation base_models practice api_drift
 check: lint
-	$(PY) -m pytest -q $(QUICK:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
 
 test: lint unit notebooks-test
 

@@ -28,6 +28,7 @@ from helpers.registry import EMBEDDED, cache_dir, custom_adapters_dir, resolve  
 warnings.filterwarnings("ignore", category=FutureWarning,
                         message=".*deprecated and will be removed in v6.*")
 
+DTYPES = ("float32", "bfloat16", "float16")
 MODEL_CONFIGS = ("generation_config.json", "config.json")
 HUB_ERRORS = (  # the first kind that fits
     (hub.RevisionNotFoundError, "has no such revision on the model hub: check what follows the @"),
@@ -109,7 +110,12 @@ def best_device() -> torch.device:
 
 def best_dtype() -> torch.dtype:
     """The type that this hardware computes fastest without losing range: bfloat16 on NVIDIA Ampere
-    and newer and on CPUs with AMX, float16 on older GPUs (V100, T4), float32 on other CPUs."""
+    and newer and on CPUs with AMX, float16 on older GPUs (V100, T4), float32 on other CPUs.
+    WORKBOOK_DTYPE=float32 asks for another. Raises WorkbookError for what is none of the three."""
+    if chosen := os.environ.get("WORKBOOK_DTYPE"):
+        if chosen not in DTYPES:
+            raise WorkbookError(f"WORKBOOK_DTYPE is {chosen!r}: use {' or '.join(DTYPES)}.")
+        return getattr(torch, chosen)
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
     return torch.bfloat16 if re.search(r"\bamx_bf16\b", _cpuinfo()) else torch.float32

@@ -26,8 +26,9 @@ from helpers import ROOT, WorkbookError, read_json
 JOIN_SECONDS = int(os.environ.get("WORKBOOK_JOIN_SECONDS") or 300)  # for all hosts to come together
 GROUP_SECONDS = int(os.environ.get("WORKBOOK_GROUP_SECONDS") or 120)  # silence that ends a group
 PATIENCE = 15.0  # s that the others have to say why they ended, after the first has
-KEPT = ("WORKBOOK_CACHE", "WORKBOOK_JOIN_SECONDS", "WORKBOOK_GROUP_SECONDS", "HF_HOME",
-        "HF_HUB_OFFLINE", "NCCL_DEBUG", "NCCL_NVLS_ENABLE", "TZ")  # settings that go to every host
+# Settings that go to every host.
+KEPT = ("WORKBOOK_CACHE", "WORKBOOK_DTYPE", "WORKBOOK_JOIN_SECONDS", "WORKBOOK_GROUP_SECONDS",
+        "HF_HOME", "HF_HUB_OFFLINE", "NCCL_DEBUG", "NCCL_NVLS_ENABLE", "TZ")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5",
        "-o", "ServerAliveCountMax=3", "--")
 END_WITH_STDIN = {"WORKBOOK_END_WITH_STDIN": "1"}  # it closes when a launcher's caller is killed

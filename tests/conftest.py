@@ -12,6 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 
+# Many tests compare numbers digit by digit, which CPUs with AMX, computing in bfloat16, would round.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("WORKBOOK_DTYPE", "float32")
+
 # Started in the background or by nohup, this session would ignore these signals, and so would every job that a test starts:
 # jobs honour what their caller ignores, and the tests that stop them could not.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):

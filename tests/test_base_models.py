@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import WorkbookError, base_models, embedded
 
@@ -145,3 +146,16 @@ def test_a_cached_hub_snapshot_loads_offline(tmp_path, tiny):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
                             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     assert result.stdout.split() == [commit, "llama"], result.stderr[-500:]
+
+
+def test_the_computing_type_can_be_chosen(monkeypatch):
+    monkeypatch.setenv("WORKBOOK_DTYPE", "bfloat16")
+    assert base_models.best_dtype() == torch.bfloat16
+    monkeypatch.setenv("WORKBOOK_DTYPE", "fp8")
+    with pytest.raises(WorkbookError, match="WORKBOOK_DTYPE is 'fp8': use float32 or bfloat16 or float16"):
+        base_models.best_dtype()
+    monkeypatch.delenv("WORKBOOK_DTYPE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, dtype in (("flags: avx512f amx_bf16 amx_tile", torch.bfloat16), ("flags: avx2", torch.float32)):
+        monkeypatch.setattr(base_models, "_cpuinfo", lambda flags=flags: flags)
+        assert base_models.best_dtype() == dtype

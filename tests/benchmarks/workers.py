@@ -195,33 +195,17 @@ def config_of(args, folder: str, **changes):
 
 
 def losses(args) -> dict:
-    """The SQL job's training, N workers x b rows against 1 worker x N b rows."""
-    from helpers import read_json, training
+    """The SQL job's training, N workers x b rows against 1 worker x N b rows (WORKBOOK_DTYPE=float32 keeps rounding small)."""
+    from helpers import training
 
     with tempfile.TemporaryDirectory() as folder:
         small, large = (config_of(args, folder, batch_size=args.rows * n) for n in (1, args.workers))
-        if args.float32:
-            compute_in_float32()
-            run = Path(folder, "many")
-            training._open_run(small, run, args.workers, resume=False, validation=[])
-            workers.launch(workers.plan(MODULE, ["float32", str(run)], args.workers, run / "workers"), run / "workers")
-            many = read_json(run / "trained" / "metrics.json")
-        else:
-            many = training.run(small, Path(folder, "many"), workers=args.workers)
+        many = training.run(small, Path(folder, "many"), workers=args.workers)
         one = training.run(large, Path(folder, "one"))
     pairs = [(a, b) for (_, a), (_, b) in zip(one["loss_log"], many["loss_log"], strict=True)]
     return {"steps": args.steps, "logged": len(pairs), "largest_difference": max(abs(a - b) for a, b in pairs),
             "largest_relative_difference": max(abs(a - b) / abs(a) for a, b in pairs), "losses": pairs,
             "seconds": {"1 worker": one["training_seconds"], f"{args.workers} workers": many["training_seconds"]}}
-
-
-def compute_in_float32() -> None:
-    """In this process the trainer computes in float32 on a GPU too: bfloat16's own rounding drifts apart within a hundred steps."""
-    import torch
-
-    from helpers import base_models
-
-    base_models.best_dtype = lambda: torch.float32
 
 
 def kills(args) -> dict:
@@ -303,8 +287,6 @@ def main() -> None:
             sub.add_argument("--precision", choices=["full", "4bit"], default="full")
             sub.add_argument("--max-rows", type=int, default=320)
             sub.add_argument("--learning-rate", type=float, help="a large one makes differences of rounding grow")
-        if name == "losses":
-            sub.add_argument("--float32", action="store_true", help="compute in float32 on GPUs too")
         if name == "kills":
             sub.add_argument("--cycles", type=int, default=20)
             sub.add_argument("--until", type=float, default=2.0, help="seconds after the first checkpoint, at most")
@@ -331,10 +313,5 @@ if __name__ == "__main__":
         from torch.distributed.elastic.multiprocessing.errors import record
 
         record(measure_suite)(sys.argv[2], int(sys.argv[3]), *sys.argv[4:6])
-    elif sys.argv[1:2] == ["float32"]:
-        from helpers import training
-
-        compute_in_float32()
-        training.main(sys.argv[2])
     else:
         main()

@@ -7,6 +7,7 @@ Pages and notebooks are copied into a temporary folder, which is laid out like t
 Sphinx needs to know. notebooks/book/conf.py says the rest. A warning of Sphinx is an error.
 """
 
+import argparse
 import json
 import os
 import re
@@ -92,7 +93,9 @@ def build(out: Path) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    out = Path(arguments[0] if arguments else ROOT / "runs" / "book").resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "runs" / "book")
+    out = parser.parse_args(arguments).folder.resolve()
     status = build(out)
     if status == 0:
         print(f"The book: {out / 'index.html'}")
