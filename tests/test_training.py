@@ -91,7 +91,8 @@ def test_the_loss_equals_the_models_own(architecture, request):
         loss = loss_of()
         loss.backward()
         results.append((loss.item(), weight.grad.clone()))
-    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    # Near 10.8 neighbouring float32 numbers are 1e-6 apart, and the two sums run in another order.
+    assert results[0][0] == pytest.approx(results[1][0], abs=4e-6)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-4)
     assert not model.get_output_embeddings()._forward_pre_hooks, "the hook was left behind"
 
