@@ -39,8 +39,9 @@ from make_practice import practice_rows  # noqa: E402
 from helpers import base_models, data, recipes, tasks, training, write_json  # noqa: E402
 from helpers.adapter_layers import layer_shapes, skeleton  # noqa: E402
 
-SUITES = {"rows": {"rows": 8, "steps": 6, "warm_up": 1}, "packed": {"rows": 32, "steps": 18, "warm_up": 6},
-          "bloom": {"rows": 4, "steps": 24, "warm_up": 8}, "trio": {"rows": 4},
+SUITES = {"rows": {"rows": 8, "width": 1024, "steps": 6, "warm_up": 1},
+          "packed": {"rows": 32, "width": 1024, "steps": 18, "warm_up": 6},
+          "bloom": {"rows": 4, "width": 1024, "steps": 24, "warm_up": 8}, "trio": {"rows": 4, "width": 1024},
           "llama8b": {"rows": 2, "width": 2048, "steps": 14, "warm_up": 6},
           "qwen8b": {"rows": 2, "width": 2048, "steps": 14, "warm_up": 6}}
 EIGHT_B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
@@ -127,17 +128,16 @@ def unsloth(arguments, rows, precision: str, checkpointing: str = "none", **chan
 
 
 def packed_rows(arguments) -> dict:
-    """Settings for packed rows of which every token is scored, as a stream of plain text."""
+    """This workbook's settings for the packed rows of a suite, of which every token is scored, as in plain text."""
+    if arguments.suite == "bloom":  # the reference's recipe, in one pass a step
+        return {"preset": "reference", "gradient_accumulation": 1, "optimizer": "adamw_torch", "max_length": arguments.width}
     return {"packing": "wrapped", "max_length": arguments.width, "completion_only": False, "rank": 16,
             "schedule": "constant", "learning_rate": 2e-4}
 
 
 def fastest(arguments) -> dict:
-    """This workbook's fastest settings for the packed rows of a suite."""
-    if arguments.suite == "bloom":
-        return {"preset": "reference", "gradient_accumulation": 1, "optimizer": "adamw_torch", "max_length": arguments.width,
-                "precision": "full", "compile": True}
-    return packed_rows(arguments) | {"precision": "full" if arguments.suite == "packed" else "4bit", "compile": True}
+    """`packed_rows`, compiled, the weights in 4 bits where the model is large."""
+    return packed_rows(arguments) | {"precision": "4bit" if "8b" in arguments.suite else "full", "compile": True}
 
 
 def variants(arguments) -> dict:
@@ -175,12 +175,11 @@ def variants(arguments) -> dict:
     # The reference's step is 1 row x 4 accumulated passes; the others make the same step of 4 rows in one pass.
     one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": arguments.rows,
                   "optim": "paged_adamw_32bit", "lr_scheduler_type": "constant"}
-    same = {"preset": "reference", "gradient_accumulation": 1, "optimizer": "adamw_torch", "max_length": arguments.width}
     return {"reference recipe": of(stock, packed=True, plain_attention=True, **one_by_one),
-            "workbook, transformers' attention": of(ours, plain_attention=True, **same, precision="full"),
-            "workbook": of(ours, **same, precision="full"),
-            "workbook, compiled": of(ours, **same, precision="full", compile=True),
-            "workbook, compiled, 4 bits": of(ours, **same, precision="4bit", compile=True)}
+            "workbook, transformers' attention": of(ours, plain_attention=True, **packed, precision="full"),
+            "workbook": of(ours, **packed, precision="full"),
+            "workbook, compiled": of(ours, **packed, precision="full", compile=True),
+            "workbook, compiled, 4 bits": of(ours, **packed, precision="4bit", compile=True)}
 
 
 def trio(arguments) -> None:
@@ -192,7 +191,8 @@ def trio(arguments) -> None:
         begin = time.perf_counter()
         config = recipes.FineTuneConfig.from_parameters(
             task=task, base_model=arguments.base_model, preset="reference", precision="full",
-            batch_size=arguments.rows // arguments.workers, gradient_accumulation=1, optimizer="adamw_torch", compile=True, max_length=arguments.width, checkpoint_steps=500,
+            batch_size=arguments.rows // arguments.workers, gradient_accumulation=1, optimizer="adamw_torch", compile=True,
+            max_length=arguments.width, checkpoint_steps=500,
             max_steps=math.ceil(tokens / (arguments.rows * arguments.width)))
         with tempfile.TemporaryDirectory() as folder:
             one = training.run(config, Path(folder, "run"), arguments.workers)
@@ -273,8 +273,6 @@ def measure(make, arguments, rows) -> dict:
         tokens = sum(int(n) for n in counted[arguments.warm_up * passes:])
     seconds = clock.moments[-1] - clock.moments[arguments.warm_up - 1]
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
-    del trainer
-    free_memory()
     last = loss[-max(1, len(loss) // 3):]
     return {"tokens_per_second": tokens / seconds, "loss": sum(last) / len(last), "first_loss": loss[0], "peak_gpu_gb": peak,
             "before_and_warm_up_seconds": clock.moments[arguments.warm_up - 1] - begin}
@@ -317,7 +315,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="variants to run: their names, or how names start")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    for name, value in ({"width": 1024} | SUITES[arguments.suite]).items():
+    for name, value in SUITES[arguments.suite].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     if arguments.suite != "trio" and (arguments.steps <= arguments.warm_up or arguments.warm_up < 1):
@@ -345,7 +343,7 @@ def run(arguments) -> None:
     starts = tuple(only for only in arguments.only if only not in known)
     if nothing := [start for start in starts if not any(name.startswith(start) for name in known)]:
         sys.exit(f"error: --only {nothing[0]!r} names no variant of the suite {arguments.suite}: it has {', '.join(known)}.")
-    wanted = {name: one for name, one in known.items() if not arguments.only or name in arguments.only or name.startswith(starts)}
+    wanted = [name for name in known if not arguments.only or name in arguments.only or name.startswith(starts)]
     found: dict[str, list[dict]] = {name: [] for name in wanted}
     rates, failed = [], {}
     for repeat in range(arguments.repeats):
@@ -358,7 +356,6 @@ def run(arguments) -> None:
                 failed[name] = f"{type(error).__name__}: {error}"[-1500:]
                 del found[name]
                 print(f"repeat {repeat + 1}: {name} failed: {failed[name]}", flush=True)
-                free_memory()
             if arguments.json:  # a long run that is cut short has lost nothing
                 write_json(arguments.json, summary(arguments, found, rates, failed))
     result = summary(arguments, found, rates, failed)
@@ -377,7 +374,7 @@ def summary(arguments, found: dict[str, list[dict]], rates: list[float], failed:
     """
     finished = max(1, min(map(len, found.values()), default=1))
     found = {name: runs[:finished] for name, runs in found.items() if runs}
-    first = statistics.median([run["tokens_per_second"] for run in next(iter(found.values()), [])] or [1.0])
+    first = None
     # A token passes the frozen weights once forward and once backward: 2 + 2 FLOP a weight. Short rows score few places, so the
     # head is counted where every place is scored. Attention and LoRA are not counted.
     weights = sum(out * into for out, into in layer_shapes(arguments.base_model).values())
@@ -391,6 +388,7 @@ def summary(arguments, found: dict[str, list[dict]], rates: list[float], failed:
               "matrix_gflops": [rate / 1e9 for rate in rates], "variants": {}, "failed": failed}
     for name, runs in found.items():
         middle = statistics.median(run["tokens_per_second"] for run in runs)
+        first = first or middle
         result["variants"][name] = {"runs": runs, "median": middle, "ratio": middle / first,
                                     "share_of_matrix_rate": 4 * weights * middle / statistics.median(rates)}
     return result

@@ -85,7 +85,7 @@ def measure_suite(out: str, asked: int, suite: str, base_model: str) -> None:
     from helpers import worker_group
     from tests.benchmarks import training as suites
 
-    settings = {"width": 1024} | suites.SUITES[suite]
+    settings = suites.SUITES[suite]
     arguments = argparse.Namespace(suite=suite, base_model=base_model, **settings)
     with worker_group.group(asked, {"benchmark": suite}):
         rows = suites.practice_rows("sql", "train", asked * settings["steps"] * settings["rows"] * settings["width"] // 60)
@@ -150,26 +150,23 @@ def scaling(args) -> dict:
     from tests.benchmarks import training as suites
 
     cuda = torch.cuda.is_available()
-    folder = tempfile.TemporaryDirectory()
-    base_model = base_models.EMBEDDED
-    if args.suite in suites.SHAPES:
-        base_model = suites.random_model(args.suite, Path(folder.name))
-        suites.free_memory()
     kinds = {"1 worker": (1, None if cuda else 1), f"{args.workers} workers": (args.workers, None if cuda else 1)}
     if not cuda:
         kinds[f"1 worker of {args.workers} threads"] = (1, args.workers)
     speeds: dict[str, list[float]] = {name: [] for name in kinds}
     memory = {}
-    for _ in range(args.rounds):
-        for name, (count, threads) in kinds.items():
-            if args.suite:
-                result = in_group(count, threads, "suite", args.suite, base_model)
-            else:
-                result = run_measure(count, threads, args.steps, args.rows, args.length, shape=args.shape)
-            speeds[name].append(result["tokens_per_second"])
-            memory[name] = result["peak_gpu_bytes"]
-            print(f"{name:24}{result['tokens_per_second']:10.1f} tokens/s", file=sys.stderr, flush=True)
-    folder.cleanup()
+    with tempfile.TemporaryDirectory() as folder:
+        command, given = "measure", (args.steps, args.rows, args.length, "lora", args.shape)
+        if args.suite:
+            own = args.suite in suites.SHAPES
+            command, given = "suite", (args.suite, suites.random_model(args.suite, folder) if own else base_models.EMBEDDED)
+            suites.free_memory()
+        for _ in range(args.rounds):
+            for name, (count, threads) in kinds.items():
+                result = in_group(count, threads, command, *given)
+                speeds[name].append(result["tokens_per_second"])
+                memory[name] = result["peak_gpu_bytes"]
+                print(f"{name:24}{result['tokens_per_second']:10.1f} tokens/s", file=sys.stderr, flush=True)
     one, many = list(speeds.values())[:2]
     efficiency = [b / (args.workers * a) for a, b in zip(one, many, strict=True)]
     return {"tokens_per_second": {name: spread(values) for name, values in speeds.items()}, "efficiency": spread(efficiency),
@@ -305,13 +302,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure"]:
+    in_workers = {"measure": measure, "suite": measure_suite}
+    if sys.argv[1:2] and sys.argv[1] in in_workers:
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        record(measure)(sys.argv[2], *map(int, sys.argv[3:7]), *sys.argv[7:9])
-    elif sys.argv[1:2] == ["suite"]:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        record(measure_suite)(sys.argv[2], int(sys.argv[3]), *sys.argv[4:6])
+        given = [int(word) if word.isdigit() else word for word in sys.argv[3:]]
+        record(in_workers[sys.argv[1]])(sys.argv[2], *given)
     else:
         main()

@@ -36,6 +36,7 @@ def shipped() -> list[str]:
         cells = [interval(evaluation[who][metric]) if who else ""
                  for who in ("base", "base, own chat template", baseline, "adapter")]
         cells[2] += f" ({baseline})" if baseline else ""
+        # The record of most rows, where it says which: rows that chose the checkpoint cannot judge it.
         all_rows = max([evaluation, *(record.get("more") or [])], key=lambda one: one["rows"])
         if all_rows is not evaluation:
             cells[3] = f"{interval(all_rows['adapter'][metric])} ({all_rows['rows']:,} rows, {all_rows['source'].split(', ')[1]})"

@@ -44,7 +44,7 @@ def lessons() -> list[Path]:
 
 def code_of(notebook) -> str:
     """A hash of a notebook's code without its comments: figures measured with other code are out of date."""
-    code = [re.sub(r"\s*#.*", "", cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    code = [re.sub(r"(?m)(^ *|  )# .*$", "", cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:12]
 
 
