@@ -159,18 +159,21 @@ def load_tokenizer(name: str = EMBEDDED):
     return tokenizer
 
 
-def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None):
+def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None,
+         spread: bool = False):
     """Load a base model and its tokenizer: ``(model, tokenizer)``, the model in eval mode.
 
     precision: "full" (weights in `dtype`), or "4bit": NF4 with double quantization (QLoRA,
     arXiv:2305.14314, section 3), computing in `dtype`. device and dtype default to `best_device`
-    and `best_dtype`. Raises WorkbookError for a model that cannot be fetched or loaded, and for a
-    wrong precision.
+    and `best_dtype`. spread: over all GPUs that this process sees, block after block, for a model
+    that one GPU cannot hold. Raises WorkbookError for a model that cannot be fetched or loaded, and
+    for a wrong precision.
     """
     if precision not in ("full", "4bit"):
         raise WorkbookError(f"precision is {precision!r}: it must be 'full' or '4bit'.")
     dtype = dtype or best_dtype()
-    options = {"dtype": dtype, "device_map": {"": torch.device(device or best_device())}}
+    devices = "auto" if spread else {"": torch.device(device or best_device())}
+    options = {"dtype": dtype, "device_map": devices}
     if precision == "4bit":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -199,6 +202,14 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None)
 
         use_fused_attention(model)
     return model.eval(), load_tokenizer(name)
+
+
+def free(model) -> None:
+    """Give a model's memory back, whoever still knows the model. It is of no use afterwards."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def lora_target_modules(model) -> list[str]:

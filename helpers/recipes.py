@@ -63,6 +63,8 @@ class FineTuneConfig:
     checkpoint_steps and at the end; the checkpoint with the lowest is kept. 0: none, the last step
     is kept. patience: training ends after so many measurements without a lower one; None: never.
     compile: torch.compile; for packed rows on a GPU a step is also recorded as a CUDA graph.
+    shard: each worker keeps a part of the frozen weights, for a base model that is too large for
+    one GPU (FSDP); every worker loads the whole model into main memory first.
 
     Raises WorkbookError that names the first value which cannot work; nothing is loaded or created.
     """
@@ -92,6 +94,7 @@ class FineTuneConfig:
     patience: int = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard: bool = False
     checkpoint_steps: int = 20
     seed: int = 0
 
@@ -153,11 +156,20 @@ def check_parameters(parameters: dict) -> dict:
     config = FineTuneConfig.from_parameters(
         **{name: value for name, value in parameters.items() if name in names})
     read_place(parameters.get("workers_on") or "")
+    if not parameters.get("workers_on"):
+        check_shard(config, parameters.get("workers", 1))
     if parameters.get("eval_rows", 1) < 1:
         raise WorkbookError(f"eval_rows is {parameters['eval_rows']}: it must be at least 1.")
     if parameters.get("adapter_dir") and not parameters.get("resume"):
         check_free(Path(parameters["adapter_dir"]))
     return dataclasses.asdict(config)
+
+
+def check_shard(config: FineTuneConfig, workers: int) -> None:
+    """Raise WorkbookError when there is nobody to share the weights with."""
+    if config.shard and workers == 1:
+        raise WorkbookError("shard is True, and there is one worker: ask for two or more, each "
+                            "with a GPU (-p workers=2), or leave shard out.")
 
 
 def check_free(folder: Path) -> None:

@@ -172,13 +172,13 @@ class CompletionTrainer(SFTTrainer):
         """
         rows = sorted(self.eval_dataset, key=lambda row: len(row["input_ids"]))
         size, collate = self.args.train_batch_size, Collator(self.processing_class.pad_token_id)
-        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        batches = self.own_part([rows[first:first + size] for first in range(0, len(rows), size)])
         sums = torch.zeros(2, device=self.args.device)  # cross-entropy, scored tokens
         self.model.eval()
         with (torch.no_grad(), torch.compiler.set_stance("force_eager"),
               torch.autocast("cuda", torch.bfloat16, enabled=self.bfloat16)):
-            for first in range(0, len(rows), size)[mine]:
-                batch = self._prepare_inputs(collate(rows[first:first + size]))
+            for some in batches:
+                batch = self._prepare_inputs(collate(some))
                 sums[0] += completion_loss(self.model, batch, count=1)
                 sums[1] += (batch["labels"][:, 1:] != -100).sum()
         self.model.train()
@@ -191,6 +191,10 @@ class CompletionTrainer(SFTTrainer):
         if self.patience and since_best >= self.patience:
             self.control.should_training_stop = True
         return metrics
+
+    def own_part(self, batches: list) -> list:
+        """Those of the validation batches that this worker computes."""
+        return batches[self.accelerator.process_index::self.accelerator.num_processes]
 
     def validation_log(self) -> list[tuple[int, float]]:
         """Steps, and the validation loss after each."""

@@ -24,9 +24,9 @@ from trl import SFTConfig
 
 from helpers import (METRICS, WorkbookError, base_models, data, disk_errors, read_json, sha256,
                      probe, write_json)
-from helpers.fast import attention, packing, recorded
+from helpers.fast import attention, packing, recorded, sharded
 from helpers.publishing import save_trained, training_record
-from helpers.recipes import FineTuneConfig
+from helpers.recipes import FineTuneConfig, check_shard
 from helpers.tasks import Task, get_task, register
 from helpers.trainer import CompletionTrainer, last_checkpoint, summed_cross_entropy
 from helpers.worker_group import group
@@ -46,6 +46,7 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     Raises WorkbookError for bad data, a full disk, too little memory, or a folder of another run.
     """
     run_dir = Path(run_dir)
+    check_shard(config, world_size())
     check_fits(config, model)
     validation = _open_run(config, run_dir, world_size(), resume, validation)
     set_seed(config.seed)
@@ -131,7 +132,8 @@ def load_inputs(config: FineTuneConfig):
     most = None if config.max_rows == -1 else config.max_rows
     rows = data.load_rows(config.task, config.data, "train", most, config.data_fraction,
                           config.seed)
-    return rows, *base_models.load(config.base_model, config.precision)
+    device = "cpu" if config.shard else None  # a GPU would have to hold all the weights at once
+    return rows, *base_models.load(config.base_model, config.precision, device)
 
 
 def world_size() -> int:
@@ -228,6 +230,9 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
         summed = torch.compile(summed_cross_entropy, dynamic=not packed)
         if bfloat16 and recorded.records_steps(config, model.config.model_type):
             kind = recorded.RecordedTrainer
+    if config.shard:
+        sharded.shard(lora_model, base_models.best_device())
+        kind = sharded.ShardedTrainer
     watched = Dataset.from_list(_labelled(config, validation)) if validation else None
     return kind(model=lora_model, args=_arguments(config, len(dataset), run_dir, bool(watched)),
                 train_dataset=dataset, eval_dataset=watched, processing_class=tokenizer,

@@ -32,7 +32,8 @@ def given(notebook: str, tiny: Path, folder: Path) -> dict:
                 "schedule": "linear",
                 "epochs": 2.0, "max_steps": 2, "max_rows": 20, "data_fraction": 0.9, "batch_size": 3, "gradient_accumulation": 2,
                 "max_length": 200, "packing": "none", "optimizer": "adamw_torch", "gradient_checkpointing": True,
-                "checkpoint_steps": 1, "validation_rows": 3, "patience": 2, "eval_rows": 2, "seed": 7, "adapter_dir": str(folder / "mine")}
+                "shard": True, "checkpoint_steps": 1, "validation_rows": 3, "patience": 2, "eval_rows": 2, "seed": 7,
+                "adapter_dir": str(folder / "mine")}
     raise AssertionError(f"{notebook} has parameters: say here which it is to be run with as a batch")
 
 

@@ -1,6 +1,7 @@
 """Workers train together as one would, wherever they run; a group that fails ends, says why, leaves nobody, and goes on."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from unittest import mock
 
 import psutil
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing import errors
 
-from helpers import WorkbookError, recipes, training, worker_group, workers
+from helpers import WorkbookError, data, recipes, training, worker_group, workers
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMBER = "tests.group_member"
@@ -316,8 +318,6 @@ def alone(tiny, tmp_path_factory):
 
 
 def assert_same(run: Path, alone: Path) -> None:
-    import torch
-
     logs = [json.loads((path / "trained" / "metrics.json").read_text()) for path in (run, alone)]
     assert [log["workers"] for log in logs] == [2, 1]
     assert [step for step, _ in logs[0]["loss_log"]] == [step for step, _ in logs[1]["loss_log"]] == list(range(1, 21))
@@ -345,25 +345,48 @@ def when_checkpointed(run: Path, then) -> list[float]:
     return moments
 
 
-def test_two_workers_compute_what_one_does_also_when_one_is_killed(tiny, tmp_path, alone):
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_workers_compute_what_one_does_also_when_one_is_killed(tiny, tmp_path, alone, shard):
     """Had a batch been lost or seen twice after the kill, the losses would differ."""
-    run = tmp_path / "run"
+    run, chosen = tmp_path / "run", dataclasses.replace(config(tiny), shard=shard)
 
     def kill():
         next(p for p in members() if str(run) in p.info["cmdline"] and p.environ().get("RANK") == "1").kill()
 
     moments = when_checkpointed(run, kill)
     with pytest.raises(WorkbookError, match="The worker of rank 1 was killed by SIGKILL .*: resume the run"):
-        training.run(config(tiny), run, workers=2)
+        training.run(chosen, run, workers=2)
     assert time.time() - moments[0] < 30 and not (run / "trained").exists()
-    training.run(config(tiny), run, workers=2, resume=True)
+    training.run(chosen, run, workers=2, resume=True)
     assert_same(run, alone)
     assert len(list(run.glob("workers/*"))) == 2, "the logs of both attempts are kept"
 
 
+@pytest.mark.parametrize(("base", "changes"), [
+    ("tiny", {"precision": "4bit", "gradient_checkpointing": True, "gradient_accumulation": 2}), ("tiny_bloom", {})])
+def test_a_shared_base_model_trains_the_same_adapter(request, tmp_path, base, changes):
+    """The rows differ in number from worker to worker, in the watched rows too; a gather that one worker lacks would hang."""
+    chosen = config(request.getfixturevalue(base), max_steps=4, checkpoint_steps=2, **changes)
+    watched, weights = data.load_rows("sql", "practice", "validation", 9).rows, []
+    for name, shard in (("copied", False), ("shared", True)):
+        result = training.run(dataclasses.replace(chosen, shard=shard), tmp_path / name, workers=2, validation=watched)
+        weights.append(adapter(tmp_path / name) | {"loss": result["final_loss"], "watched": result["validation"]["kept"]})
+    assert weights[0].keys() == weights[1].keys() and any(key.endswith("lora_B.weight") for key in weights[0])
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-4, rtol=1e-2)  # saved in bfloat16
+
+
+def test_one_worker_has_nobody_to_share_with(tiny, tmp_path):
+    for refuse in (lambda: recipes.check_parameters({"task": "sql", "base_model": str(tiny), "shard": True}),
+                   lambda: training.run(config(tiny, shard=True), tmp_path / "run")):
+        with pytest.raises(WorkbookError, match="shard is True, and there is one worker: ask for two or more"):
+            refuse()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("task", ["sql", "instruct", "detox"])
 def test_every_job_runs_with_two_workers(task, tiny, tmp_path, jobs):
-    given = {"base_model": tiny, "max_steps": 2, "max_rows": 32, "eval_rows": 2}
+    given = {"base_model": tiny, "max_steps": 2, "max_rows": 32, "eval_rows": 2, "shard": task == "detox"}
     result = jobs("run", task, "--workers", 2, *(part for n, v in given.items() for part in ("-p", f"{n}={v}")))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr
     [metrics] = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/metrics.json"))

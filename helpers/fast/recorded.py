@@ -51,15 +51,12 @@ def undo_compile(model) -> None:
         block._compiled_call_impl = None
 
 
-class RecordedTrainer(CompletionTrainer):
-    """A CompletionTrainer whose step is recorded. Made for runs of which `records_steps` is true.
+class AveragedTrainer(CompletionTrainer):
+    """A CompletionTrainer whose workers average the gradients after each pass.
 
-    Several workers average the gradients after each replay: LoRA's are small, so nothing is gained
-    by sending them earlier. (DistributedDataParallel's own hooks wait for another stream, which a
-    recording does not allow.)
+    DistributedDataParallel would do it within the pass, by hooks that a recording does not allow
+    and that do not know a shared weight. LoRA's gradients are small, so little is lost.
     """
-
-    step = None
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -67,22 +64,35 @@ class RecordedTrainer(CompletionTrainer):
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model,
                                                  evaluation_mode=True)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.one_pass(model, inputs, num_items_in_batch)
+        if distributed.is_initialized():
+            average([p.grad for p in model.parameters() if p.requires_grad])
+        return loss
+
+    def one_pass(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward: the loss, detached."""
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class RecordedTrainer(AveragedTrainer):
+    """An AveragedTrainer whose step is recorded, for runs of which `records_steps` is true."""
+
+    step = None
+
     def train(self, *arguments, **options):
         try:
             return super().train(*arguments, **options)
         finally:
             self.step = None  # a graph keeps its memory, and knows this trainer
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def one_pass(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.step is None:
             model.train()  # it walks through all modules, so not in every step
             trained = [p for p in model.parameters() if p.requires_grad]
             self.step = RecordedStep(lambda batch: self.loss_of(model, batch), trained)
         count = {} if num_items_in_batch is None else {"count": num_items_in_batch}
-        loss = self.step(self._prepare_inputs(inputs) | count)
-        if distributed.is_initialized():
-            average([p.grad for p in self.step.parameters])
-        return loss
+        return self.step(self._prepare_inputs(inputs) | count)
 
     def loss_of(self, model, batch: dict) -> torch.Tensor:
         return self.compute_loss(model, batch, False, batch.get("count"))

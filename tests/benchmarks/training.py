@@ -5,6 +5,7 @@
     python tests/benchmarks/training.py --suite bloom --json bloom.json    # a GPU: the reference's recipe, bloom-1b1's shape
     python tests/benchmarks/training.py --suite trio --json trio.json      # a GPU: its three jobs as a whole, once, minutes
     python tests/benchmarks/training.py --suite llama8b --json llama8b.json  # a GPU: Llama-3.1-8B's shape; qwen8b: Qwen3-8B's
+    python tests/benchmarks/workers.py shared --json shared.json    # two GPUs: Llama-3.1-70B's shape, its weights shared
 
 Every variant of a suite trains the same practice rows for the same number of optimizer steps of as many rows; the first steps
 warm up and do not count. Printed: median of the repeats and their range, ratios within this run, the loss at the end, peak
@@ -21,6 +22,7 @@ import json
 import math
 import multiprocessing
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,19 +38,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "practice")]
 
 from make_practice import practice_rows  # noqa: E402
 
-from helpers import base_models, data, recipes, tasks, training, write_json  # noqa: E402
+from helpers import base_models, data, read_json, recipes, tasks, training, write_json  # noqa: E402
 from helpers.adapter_layers import layer_shapes, skeleton  # noqa: E402
 
 SUITES = {"rows": {"rows": 8, "width": 1024, "steps": 6, "warm_up": 1},
           "packed": {"rows": 32, "width": 1024, "steps": 18, "warm_up": 6},
           "bloom": {"rows": 4, "width": 1024, "steps": 24, "warm_up": 8}, "trio": {"rows": 4, "width": 1024},
           "llama8b": {"rows": 2, "width": 2048, "steps": 14, "warm_up": 6},
-          "qwen8b": {"rows": 2, "width": 2048, "steps": 14, "warm_up": 6}}
+          "qwen8b": {"rows": 2, "width": 2048, "steps": 14, "warm_up": 6},
+          "llama70b": {"rows": 1, "width": 2048, "steps": 8, "warm_up": 3}}
 EIGHT_B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
 SHAPES = {  # a suite's base model: its config's class and values
     "bloom": ("BloomConfig", {"n_layer": 24, "n_head": 16, "hidden_size": 1536, "vocab_size": 250_880}),
     "llama8b": ("LlamaConfig", EIGHT_B | {"num_hidden_layers": 32, "intermediate_size": 14_336, "vocab_size": 128_256}),
     "qwen8b": ("Qwen3Config", EIGHT_B | {"num_hidden_layers": 36, "intermediate_size": 12_288, "vocab_size": 151_936})}
+SHAPES["llama70b"] = ("LlamaConfig", SHAPES["llama8b"][1] | {"num_hidden_layers": 80, "hidden_size": 8192, "num_attention_heads": 64,
+                                                            "intermediate_size": 28_672})
 SHAPES["trio"] = SHAPES["bloom"]
 TRIO = {"instruct": 4_400_000, "sql": 11_100_000, "detox": 3_000_000}  # tokens of the reference's three jobs
 
@@ -101,7 +106,8 @@ def config_of(arguments, **changes):
 def ours(arguments, rows, folder, plain_attention=False, **changes):
     """This workbook's trainer for `config_of`."""
     config = config_of(arguments, **changes)
-    model, tokenizer = (transformers_own if plain_attention else base_models.load)(arguments.base_model, config.precision)
+    load = transformers_own if plain_attention else base_models.load
+    model, tokenizer = load(arguments.base_model, config.precision, **({"device": "cpu"} if config.shard else {}))
     encoded, _ = data.encode_rows(tokenizer, tasks.get_task("sql"), rows, config.max_length)
     return training.make_trainer(config, model, tokenizer, encoded, folder)
 
@@ -137,7 +143,7 @@ def packed_rows(arguments) -> dict:
 
 def fastest(arguments) -> dict:
     """`packed_rows`, compiled, the weights in 4 bits where the model is large."""
-    return packed_rows(arguments) | {"precision": "4bit" if "8b" in arguments.suite else "full", "compile": True}
+    return packed_rows(arguments) | {"precision": "full" if arguments.suite in ("packed", "bloom") else "4bit", "compile": True}
 
 
 def variants(arguments) -> dict:
@@ -208,15 +214,16 @@ def trio(arguments) -> None:
           "from the first step with its compiling to the last")
 
 
-def random_model(suite: str, folder: Path) -> str:
-    """A model of the suite's shape with random weights, and the embedded base's tokenizer, in a local folder."""
+def random_model(suite: str, folder: Path, **changes) -> str:
+    """A model of the suite's shape with random weights, and the embedded base's tokenizer, in a local folder.
+    changes: of the model's config."""
     import transformers
 
     torch.manual_seed(0)
     tokenizer = base_models.load_tokenizer()
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     kind, values = SHAPES[suite]
-    config = getattr(transformers, kind)(**values, **special)
+    config = getattr(transformers, kind)(**values | special | changes)
     with torch.device(base_models.best_device()):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=base_models.best_dtype())
     # transformers makes the padding token's row zero; it is the end-of-text token too, and a norm of zeros has no gradient.
@@ -224,6 +231,29 @@ def random_model(suite: str, folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def random_4bit_model(suite: str, folder: Path) -> str:
+    """`random_model` with the weights stored in 4 bits; all blocks are alike. 70 B weights fill 40 GB."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder)
+    model, tokenizer = base_models.load(random_model(suite, folder / "one-block", num_hidden_layers=1), "4bit")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / suite)
+    one = folder / suite / "model.safetensors"
+    weights, blocks, files = load_file(one), SHAPES[suite][1]["num_hidden_layers"], {}
+    one.unlink()
+    for number in range(blocks):
+        block = {name.replace("layers.0.", f"layers.{number}."): tensor for name, tensor in weights.items()
+                 if "layers.0." in name or number == 0}
+        files |= dict.fromkeys(block, f"block-{number}.safetensors")
+        save_file(block, folder / suite / f"block-{number}.safetensors", metadata={"format": "pt"})
+    write_json(folder / suite / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+    write_json(folder / suite / "config.json", read_json(folder / suite / "config.json") | {"num_hidden_layers": blocks})
+    shutil.rmtree(folder / "one-block")
+    free_memory()
+    return str(folder / suite)
 
 
 class Counted:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/workers.py scaling --workers 2    tokens/s of one worker and of N, interleaved
     python tests/benchmarks/workers.py scaling --suite llama8b    the same of the compiled and recorded steps of training.py's suite
+    python tests/benchmarks/workers.py shared --workers 2    GPUs: Llama-3.1-70B's shape in 4 bits, on one GPU and shared by N
     python tests/benchmarks/workers.py losses --workers 2     N workers x b rows against 1 worker x N b rows: loss by step
     python tests/benchmarks/workers.py kills --cycles 20      kill a worker, resume, compare with a run that was left alone
 
@@ -80,8 +81,11 @@ def measure(out: str, asked: int, steps: int, rows: int, length: int, what: str,
             Path(out).write_text(json.dumps(result), encoding="utf-8")
 
 
-def measure_suite(out: str, asked: int, suite: str, base_model: str) -> None:
-    """One worker of this workbook's fastest steps for a suite of training.py; rank 0 writes tokens/s of the whole group."""
+def measure_suite(out: str, asked: int, suite: str, base_model: str, shard: str = "") -> None:
+    """One worker of this workbook's steps for a suite of training.py; rank 0 writes tokens/s of the whole group.
+
+    The fastest steps; for llama70b those that need least memory, with the weights shared where `shard` says so.
+    """
     from helpers import worker_group
     from tests.benchmarks import training as suites
 
@@ -89,11 +93,14 @@ def measure_suite(out: str, asked: int, suite: str, base_model: str) -> None:
     arguments = argparse.Namespace(suite=suite, base_model=base_model, **settings)
     with worker_group.group(asked, {"benchmark": suite}):
         rows = suites.practice_rows("sql", "train", asked * settings["steps"] * settings["rows"] * settings["width"] // 60)
-        make = functools.partial(suites.ours, **suites.fastest(arguments))
+        chosen = suites.fastest(arguments)
+        if suite == "llama70b":
+            chosen |= {"compile": False, "gradient_checkpointing": True, "shard": bool(shard)}
+        make = functools.partial(suites.ours, **chosen)
         result = suites.measure(make, arguments, rows)
         if os.environ.get("RANK", "0") == "0":
             result["tokens_per_second"] *= asked  # every worker has as many rows
-            result["peak_gpu_bytes"] = 1e9 * result["peak_gpu_gb"]
+            result["peak_gpu_bytes"] = 1e9 * (result["peak_gpu_gb"] or 0)
             Path(out).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -171,6 +178,22 @@ def scaling(args) -> dict:
     efficiency = [b / (args.workers * a) for a, b in zip(one, many, strict=True)]
     return {"tokens_per_second": {name: spread(values) for name, values in speeds.items()}, "efficiency": spread(efficiency),
             "peak_gpu_bytes": memory, "load_before": args.load}
+
+
+def shared(args) -> dict:
+    """Tokens/s and peak memory of one worker that has all the base model's weights, and of N that share them."""
+    from tests.benchmarks import training as suites
+
+    found, failed = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = suites.random_4bit_model("llama70b", folder)
+        for name, count, shard in (("1 worker", 1, ""), (f"{args.workers} workers, one copy", args.workers, "shard")):
+            try:
+                found[name] = in_group(count, None, "suite", "llama70b", base, shard)
+            except WorkbookError as error:  # the memory may be too small for a copy
+                failed[name] = str(error)
+            print(f"{name}: {found.get(name) or failed[name]}", file=sys.stderr, flush=True)
+    return {"runs": found, "failed": failed}
 
 
 def spread(values: list[float]) -> dict:
@@ -256,6 +279,9 @@ def in_words(command: str, result: dict) -> str:
                 f"{len(e['values'])} interleaved rounds." + (
                     f" The machine was busy with other work (load average {result['load_before']:.0f}), which also slowed this."
                     if result["load_before"] > result["cores"] / 2 else ""))
+    if command == "shared":
+        return "; ".join(f"{name}: {one['tokens_per_second']:.0f} tokens/s, {one['peak_gpu_gb']:.1f} GB a GPU"
+                         for name, one in result["runs"].items()) + "."
     if command == "losses":
         return (f"The losses of {result['logged']} steps differ by at most {result['largest_difference']:.1e} "
                 f"({result['largest_relative_difference']:.1e} relative).")
@@ -267,12 +293,14 @@ def in_words(command: str, result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, doc in (("scaling", scaling), ("losses", losses), ("kills", kills)):
+    for name, doc in (("scaling", scaling), ("shared", shared), ("losses", losses), ("kills", kills)):
         sub = commands.add_parser(name, help=doc.__doc__.splitlines()[0])
         sub.add_argument("--workers", type=int, default=2)
+        sub.add_argument("--json", type=Path, help="put the result to this file, under the command's name")
+        if name == "shared":
+            continue
         sub.add_argument("--rows", type=int, default=4, help="per worker and step")
         sub.add_argument("--steps", type=int, default={"scaling": 6, "losses": 20, "kills": 40}[name])
-        sub.add_argument("--json", type=Path, help="put the result to this file, under the command's name")
         if name == "scaling":
             sub.add_argument("--rounds", type=int, default=5)
             sub.add_argument("--length", type=int, default=64, help="tokens a row")
