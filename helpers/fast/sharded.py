@@ -25,6 +25,9 @@ def shard(model, device: torch.device) -> None:
     blocks = transformer_blocks(model)
     frozen = {p for p in blocks.parameters() if not p.requires_grad}
     kept = {p for p in model.parameters() if p not in frozen}
+    for parameter in frozen:
+        if parameter.dtype == torch.uint8:  # packed 4-bit weights: torch 2.11 shares floats only
+            parameter.data = parameter.data.flatten().view(torch.bfloat16)[:, None]
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=kept)  # its scales come to the GPU with it
     fully_shard(model, mesh=mesh, ignored_params=kept)  # the next block is fetched in advance
