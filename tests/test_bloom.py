@@ -58,15 +58,11 @@ def test_logits_and_gradients_equal_the_step_by_step_attention(mask, heads):
         torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
-def test_generation_and_weights_equal_the_step_by_step_attention():
+def test_generation_equals_the_step_by_step_attention():
     own, fused = pair(4)
     texts = [model.generate(input_ids=IDS, attention_mask=MASKS["padded left"], max_new_tokens=12, do_sample=False,
                             pad_token_id=3) for model in (own, fused)]
     assert torch.equal(*texts)
-    with torch.inference_mode():
-        weights = [model(input_ids=IDS, output_attentions=True).attentions for model in (own, fused)]
-    for expected, got in zip(*weights, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_packed_documents_do_not_see_each_other():

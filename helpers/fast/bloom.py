@@ -26,26 +26,19 @@ NAME = "alibi_sdpa"  # under this name attention and mask are registered with tr
 
 
 def use_fused_attention(model) -> None:
-    """Change a loaded BloomForCausalLM in place: fused attention, masks of one's own, torch's fused
-    GELU (the same formula)."""
+    """Change a loaded BloomForCausalLM in place. It no longer gives back attention weights."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)
     backbone = model.transformer
     backbone.config._attn_implementation = NAME
-    original = backbone.build_alibi_tensor
-
-    def build(mask, heads, dtype):
-        return (_alibi(backbone, mask, heads, dtype) if mask.dim() == 4
-                else original(mask, heads, dtype))
-
-    backbone.build_alibi_tensor = build
+    backbone.build_alibi_tensor = functools.partial(_alibi, backbone)
     backbone.register_forward_pre_hook(_documents, with_kwargs=True)
     for module in backbone.modules():
         if type(module) is torch.nn.LayerNorm:
             module.__class__ = SameTypeNorm
     for block in backbone.h:
         block.self_attention.__class__ = AlibiAttention
-        block.mlp.gelu_impl = torch.nn.GELU(approximate="tanh")
+        block.mlp.gelu_impl = torch.nn.GELU(approximate="tanh")  # the same formula, fused
 
 
 @functools.lru_cache(maxsize=8)  # made once: making it in every pass would wait for the GPU
@@ -120,18 +113,14 @@ class AlibiAttention(BloomAttention):
     """BloomAttention whose mask is the whole bias, ALiBi included. An empty mask means plain causal
     attention; `alibi` then holds the two `factors`."""
 
-    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None,
-                use_cache=False, output_attentions=False, **_):
-        if output_attentions:  # weights are only seen step by step; the bias holds ALiBi already
-            return super().forward(hidden_states, residual, torch.zeros_like(alibi), attention_mask,
-                                   layer_past, use_cache, True)
+    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **_):
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         dropout = self.attention_dropout.p if self.training else 0.0
         if attention_mask.numel():
             mixed, _ = _attend(self, query, key, value, attention_mask, self.inv_norm_factor,
-            dropout)
+                               dropout)
         else:
             mixed = _causal(query, key, value, *alibi, self.inv_norm_factor, dropout)
         return dropout_add(self.dense(mixed.flatten(2)), residual, self.hidden_dropout,
@@ -154,9 +143,9 @@ def _documents(model, arguments, options):
     """Before the model's forward: a boolean mask (rows, 1, queries, keys) of one's own becomes the
     bias, no mask an empty one."""
     mask = options.get("attention_mask")
-    if mask is None and not (options.get("output_attentions") or model.config.output_attentions):
+    if mask is None:
         return empty_mask(model, arguments, options)
-    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
+    if mask.dim() == 4 and mask.dtype == torch.bool:
         dtype = model.word_embeddings_layernorm.weight.dtype
         options["attention_mask"] = bias(mask, model.num_heads, dtype)
     return arguments, options

@@ -24,10 +24,9 @@ def pack(dataset: Dataset, length: int, packing: str) -> Dataset:
     "wrapped": one stream, cut anywhere.
     """
     disable_progress_bar()
-    try:
-        return pack_dataset(dataset, length, STRATEGIES[packing])
-    finally:
-        enable_progress_bar()
+    packed = pack_dataset(dataset, length, STRATEGIES[packing])
+    enable_progress_bar()
+    return packed
 
 
 def takes_mask(model, name: str, max_length: int) -> bool:
@@ -66,17 +65,15 @@ def most_scored(labels: list[list[int]], rows: int) -> int:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Packed rows to a batch of a fixed width, so that every step has the same shapes.
+    """Packed rows to a batch of a fixed width.
 
     Rows with ``seq_lengths`` hold documents that stay apart: ``position_ids`` start at 0 in each,
-    and with `mask` (see `takes_mask`) ``document`` numbers them; padding counts as one more, with
-    no labels. Other rows are one text each and get no mask: padding follows the text, so no token
-    of the text sees it.
-    ``places`` are those to score, ``targets`` what each is scored on (-100: nothing). They are
-    found here because looking for them on the GPU would make every step wait.
-    With `rows` and `scored` all batches have one shape: a short batch is filled up with padding,
-    and the places with some that count for nothing, up to `scored`. Where that is nearly every
-    place, all are taken, and there are no ``places``.
+    and with `mask` (see `takes_mask`) ``document`` numbers them, padding as one more. Other rows
+    are one text each and get no mask: padding follows the text, so no token of the text sees it.
+    ``places`` are those to score, ``targets`` what each is scored on (-100: nothing), found here
+    because looking for them on the GPU would make every step wait. With `rows` and `scored` all
+    batches have one shape: rows of padding and places that count for nothing fill it up. Where
+    nearly every place is scored, all are taken, and there are no ``places``.
     """
 
     pad_token_id: int
@@ -87,7 +84,7 @@ class PackedCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         nothing = {"input_ids": [], "labels": [], "seq_lengths": []}
-        rows = [*rows, *[nothing] * (self.rows - len(rows))]
+        rows = rows + [nothing] * (self.rows - len(rows))
         batch = {"input_ids": torch.full((len(rows), self.width), self.pad_token_id),
                  "labels": torch.full((len(rows), self.width), -100)}
         for i, row in enumerate(rows):

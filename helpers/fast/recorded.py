@@ -1,8 +1,7 @@
 """Compiled blocks, and a training step as one recorded CUDA graph.
 
-Python starts the kernels of a step one by one, thousands of them, and a small model's kernels end
-sooner than the next one is started. Recorded once, they are started together
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+A small model's kernels end sooner than Python starts the next one. Recorded once, they are started
+together (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from torch import distributed
 
 from helpers.trainer import CompletionTrainer
 
-# Models that were recorded on a GPU, and their packings. Others may wait for the GPU somewhere,
-# which ends a recording with an error.
+# What was recorded on a GPU. Other models may wait for it, which ends a recording with an error.
 TRIED = {"llama": ("wrapped", "documents"), "bloom": ("wrapped",)}
 
 
@@ -31,9 +29,8 @@ def records_steps(config, model_type: str) -> bool:
 
 
 def transformer_blocks(model) -> torch.nn.ModuleList:
-    """The model's longest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len)
+    return max(lists, key=len)  # others hold experts or a block's few parts
 
 
 def compile_blocks(model, dynamic: bool = False) -> None:
@@ -90,12 +87,10 @@ class RecordedTrainer(AveragedTrainer):
         if self.step is None:
             model.train()  # it walks through all modules, so not in every step
             trained = [p for p in model.parameters() if p.requires_grad]
-            self.step = RecordedStep(lambda batch: self.loss_of(model, batch), trained)
+            self.step = RecordedStep(
+                lambda batch: self.compute_loss(model, batch, False, batch.get("count")), trained)
         count = {} if num_items_in_batch is None else {"count": num_items_in_batch}
         return self.step(self._prepare_inputs(inputs) | count)
-
-    def loss_of(self, model, batch: dict) -> torch.Tensor:
-        return self.compute_loss(model, batch, False, batch.get("count"))
 
 
 class RecordedStep:
@@ -104,8 +99,8 @@ class RecordedStep:
 
     loss_of: a batch, {name: tensor}, to a scalar loss, without ever waiting for the GPU.
     parameters: what gets gradients. A graph repeats its kernels on the memory they were recorded
-    with: every batch must have the first one's shapes and is copied to its place, and each replay
-    leaves the gradients in the same memory, so they cannot be accumulated over calls.
+    with: every batch must have the first one's names and shapes and is copied to its place, and
+    gradients cannot be accumulated over calls.
     """
 
     def __init__(self, loss_of: Callable[[dict], torch.Tensor], parameters, warm_up: int = 3):
@@ -113,10 +108,7 @@ class RecordedStep:
         self.calls, self.graph = 0, None
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss, detached; gradients are then in the parameters' ``grad``, None before.
-
-        Raises ValueError for a batch of other names or shapes than the recorded one.
-        """
+        """The loss, detached; gradients are then in the parameters' ``grad``, None before."""
         self.calls += 1
         if self.calls <= self.warm_up:
             loss = self.loss_of(batch)
@@ -124,10 +116,6 @@ class RecordedStep:
             return loss.detach()
         if self.graph is None:
             self._record(batch)
-        recorded, given = _shapes(self.batch), _shapes(batch)
-        if recorded != given:  # copy_ would spread a smaller tensor over the place of a larger one
-            raise ValueError(f"The step was recorded with batches of {recorded}, and this one is "
-                             f"{given}: they must be alike.")
         for name, place in self.batch.items():
             place.copy_(batch[name])
         self.graph.replay()
@@ -155,7 +143,3 @@ def average(gradients: list[torch.Tensor]) -> None:
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
-
-
-def _shapes(batch: dict[str, torch.Tensor]) -> dict[str, tuple]:
-    return {name: tuple(tensor.shape) for name, tensor in batch.items()}
