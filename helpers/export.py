@@ -1,9 +1,8 @@
 """Take an adapter home: a folder that other tools read, whole or not at all.
 
-Each folder holds export.json: the prompt's template, the text at which an answer ends, SHA-256 of
-what it was made from and of what it holds. Its README says the same to people, with the commands
-of the tools it is for. Nothing is uploaded, and nothing here was run under those tools but what
-tests/test_export.py and notebook 10 run: llama.cpp, in the process.
+Each folder holds export.json (prompt template, stop text, SHA-256 of what it was made from and of
+its files), and a README that says the same to people, with the commands of the tools it is for. Of
+those, tests/test_export.py and notebook 10 run llama.cpp alone. Nothing is uploaded.
 """
 
 import json
@@ -12,22 +11,23 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftModel, set_peft_model_state_dict
 from transformers import AutoConfig, GenerationConfig
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from helpers import (METRICS, WorkbookError, __version__, base_models, sha256, write_json,
                      write_text)
 from helpers.adapter_files import CONFIG, WEIGHTS, AdapterInfo, read_tensors
-from helpers.adapter_layers import DORA, LORA_BIAS, PREFIX
+from helpers.adapter_layers import LORA_BIAS
+from helpers.bank import lora_config
 from helpers.export_plan import ExportPlan
 from helpers.generation import end_ids
-from helpers.gguf_files import check_gguf, lora_pair, write_lora, write_model
+from helpers.gguf_files import check_gguf, write_lora, write_model
 from helpers.publishing import model_card, new_folder
 from helpers.registry import resolve
 from helpers.tasks import Task, get_task
 
-# It would say, whenever weights are de-quantized, in what type.
+# It names the type of weights that are de-quantized.
 logging.get_logger("transformers.integrations.bitsandbytes").setLevel("ERROR")
 # A server that asks for a chat is given the last message as it is: the whole prompt belongs there.
 RAW_CHAT = "{{ messages[-1]['content'] }}"
@@ -68,18 +68,16 @@ WARNINGS = {
 
 
 def export(plan: ExportPlan) -> Path:
-    """Make the folder ``plan.out`` and return it; see `export_plan.WEIGHTS_OF` for what there is.
+    """Make the folder ``plan.out`` and return it.
 
     Merging holds the base model in float32, 4 bytes a weight, and a GGUF file once more.
     Raises WorkbookError as `read_adapter`, `merged_model` and `check_gguf`, for an adapter of no
-    known task, one that no LoRA file can hold, an output folder that holds something, and a full
-    disk.
+    known task or that the target cannot hold, a folder that is not empty, and a full disk.
     """
     info, tensors = read_tensors(plan.adapter, plan.base_model)
     if not (plan.task or info.task):
         raise WorkbookError(f"The adapter in {plan.adapter} does not say what task it is for: name "
                             "the one whose prompt it expects with -p task=sql, for instance.")
-    task = get_task(plan.task or info.task)
     if plan.to == "hub-folder" and not info.verified:
         raise WorkbookError(f"The adapter in {plan.adapter} has no {METRICS} of this project, of "
                             "which the card is made: publish it with notebook 04.")
@@ -87,56 +85,55 @@ def export(plan: ExportPlan) -> Path:
         raise WorkbookError(f"The adapter in {plan.adapter} is no plain LoRA "
                             f"({', '.join(info.extras)}), and llama.cpp's LoRA file holds nothing "
                             "else: export --to merged or --to gguf.")
+    task = get_task(plan.task or info.task)
+    file = f"{info.name}-{'lora-' * (plan.to == 'gguf-lora')}{plan.quantize}.gguf"
     with new_folder(plan.out, "the export") as folder:
-        _write(plan, info, tensors, task, folder)
+        _write_weights(plan, info, tensors, task, folder, file)
+        if plan.to == "modelfile":
+            write_text(folder / "Modelfile", modelfile(file, task))
+        record = _record(plan, info, task)
+        notes = _notes(plan, info, record, file)
+        if plan.to == "hub-folder":
+            notes = hub_card(info.metrics, notes)
+        write_text(folder / "README.md", notes)
+        record["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        write_json(folder / "export.json", record)
     return plan.out
 
 
-def _write(plan: ExportPlan, info: AdapterInfo, tensors: dict, task: Task, folder: Path) -> None:
-    """Everything that the folder holds."""
+def _write_weights(plan: ExportPlan, info: AdapterInfo, tensors: dict, task: Task, folder: Path,
+                   file: str) -> None:
     if plan.to == "hub-folder":
         for name in (WEIGHTS, CONFIG, METRICS):
             shutil.copyfile(info.folder / name, folder / name)
-    elif plan.to == "gguf-lora":
-        config = AutoConfig.from_pretrained(base_models.fetch(plan.base_model))
-        write_lora(info, tensors, config, folder / _gguf(plan, info), plan.quantize)
+        return
+    config = AutoConfig.from_pretrained(base_models.fetch(plan.base_model))
+    if plan.to == "gguf-lora":
+        write_lora(info, tensors, config, folder / file, plan.quantize)
+        return
+    if plan.to != "merged":  # refused before any weights are read
+        check_gguf(config, base_models.load_tokenizer(plan.base_model))
+    model, tokenizer = merged_model(info, tensors, plan.base_model)
+    tokenizer.chat_template = RAW_CHAT
+    if plan.to == "merged":
+        save_merged(model, tokenizer, task, folder)
     else:
-        if plan.to != "merged":  # refused before any weights are read
-            check_gguf(AutoConfig.from_pretrained(base_models.fetch(plan.base_model)),
-                       base_models.load_tokenizer(plan.base_model))
-        model, tokenizer = merged_model(info, tensors, plan.base_model)
-        tokenizer.chat_template = RAW_CHAT
-        if plan.to == "merged":
-            save_merged(model, tokenizer, task, folder)
-        else:
-            write_model(model, tokenizer, folder / _gguf(plan, info), plan.quantize)
-    if plan.to == "modelfile":
-        write_text(folder / "Modelfile", modelfile(_gguf(plan, info), task))
-    record = _record(plan, info, task)
-    notes = _notes(plan, info, record)
-    if plan.to == "hub-folder":
-        notes = hub_card(info.metrics, notes)
-    write_text(folder / "README.md", notes)
-    record["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    write_json(folder / "export.json", record)
+        write_model(model, tokenizer, folder / file, plan.quantize)
 
 
 def trained_precision(info: AdapterInfo) -> str:
     """The base weights that an adapter was trained on: "4bit", or "full" (also where unknown)."""
     config = (info.metrics or {}).get("config")
-    noted = config.get("precision") if isinstance(config, dict) else None
-    return noted if noted == "4bit" else "full"
+    return "4bit" if isinstance(config, dict) and config.get("precision") == "4bit" else "full"
 
 
 def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: str | None = None):
     """The base model with ``scaling * B @ A`` added to its weights (LoRA, arXiv:2106.09685, 4.1) in
     float32, and its tokenizer.
 
-    precision: the base weights to merge into (None: those that the adapter was trained on). "4bit"
-    means NF4 weights that are de-quantized again: the weights whose errors the adapter learned to
-    live with. Notebook 10 measures what the other choice changes. DoRA (arXiv:2402.09353) then
-    gives each row of the weight its trained length. Raises WorkbookError as `base_models.load`,
-    where adapted layers share their weights, and for a bias that the layer has no place for.
+    precision: of the base weights to merge into (None: as the adapter was trained). "4bit": NF4
+    weights, de-quantized again, whose errors the adapter learned to live with. Raises WorkbookError
+    as `base_models.load`, where adapted layers share their weights, and for a bias without a place.
     """
     precision = precision or trained_precision(info)
     model, tokenizer = base_models.load(base_model, precision, "cpu", torch.float32)
@@ -147,34 +144,20 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
         raise WorkbookError(f"The adapter in {info.folder} cannot be merged: layers of "
                             f"{base_model} share their weights, and the adapter changes each in "
                             "its own way. Export it with --to hub-folder.")
-    with torch.no_grad():
-        for module, layer in zip(info.modules, layers, strict=True):
-            a, b = lora_pair(tensors, module)
-            update = info.scaling_of(module) * b.float() @ a.float()
-            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # [out, in]
-            weight += update
-            if DORA in info.extras:
-                length = tensors[f"{PREFIX}{module}.lora_magnitude_vector"].float()
-                weight *= (length / weight.norm(dim=1))[:, None]
-            if LORA_BIAS in info.extras:
-                if layer.bias is None:
-                    raise WorkbookError(f"The adapter in {info.folder} has biases, and {module} of "
-                                        "the base model has none, so it cannot be merged: use it "
-                                        "beside its base model.")
-                layer.bias += info.scaling_of(module) * tensors[f"{PREFIX}{module}.lora_B.bias"]
-    replace_whole(model, info, tensors)
-    return model, tokenizer
-
-
-def replace_whole(model, info: AdapterInfo, tensors: dict) -> None:
-    """Give a model the weights that an adapter replaces (`AdapterInfo.whole`), and note it where
-    token vectors and head are then no longer one."""
+    if LORA_BIAS in info.extras and any(layer.bias is None for layer in layers):
+        raise WorkbookError(f"The adapter in {info.folder} cannot be merged: it has biases, and "
+                            f"{base_model} has none there. Use it beside its base model.")
+    adapted = PeftModel(model, lora_config(info))
+    of_lora = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    set_peft_model_state_dict(adapted, of_lora)
+    model = adapted.merge_and_unload()
     for place, parameter in info.replacements(tensors, model.get_parameter).items():
         module, _, name = place.rpartition(".")
         setattr(model.get_submodule(module), name, parameter)
     tables = model.get_input_embeddings(), model.get_output_embeddings()
     if info.whole and tables[0].weight is not tables[1].weight:
         model.config.tie_word_embeddings = False
+    return model, tokenizer
 
 
 def save_merged(model, tokenizer, task: Task, folder: Path) -> None:
@@ -185,18 +168,14 @@ def save_merged(model, tokenizer, task: Task, folder: Path) -> None:
         eos_token_id=sorted(end_ids(model, tokenizer)),
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
     logging.disable_progress_bar()
-    try:
-        model.to(torch.float16).save_pretrained(folder)
-    finally:
-        logging.enable_progress_bar()
+    model.to(torch.float16).save_pretrained(folder)
+    logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
 
 
 def modelfile(gguf_name: str, task: Task) -> str:
-    """Ollama's Modelfile: the prompt goes in as it is, and the answer is greedy.
-
-    Ollama reads no escapes: a line break in a stop text is a line break between three quotes.
-    """
+    """Ollama's Modelfile: the prompt goes in as it is, and the answer is greedy. Ollama reads no
+    escapes: a line break in a stop text is a line break between three quotes."""
     stops = [f'PARAMETER stop """{task.stop}"""'] if task.stop else []
     return "\n".join([
         "# Not run under Ollama here: written from its documents and the source of its parser.",
@@ -213,16 +192,12 @@ def hub_card(record: dict, notes: str) -> str:
         dataset_name=f"{evaluation['rows']} rows of {evaluation['source']}",
         metric_value=round(metric["value"], 3))
         for name, metric in evaluation.get("adapter", {}).items()]
-    free = base.licence == "Apache-2.0"
-    licence = {"license": "apache-2.0"} if free else {"license": "other",
-                                                      "license_name": base.licence}
+    licence = {"license": "other", "license_name": base.licence}
+    if base.licence == "Apache-2.0":
+        licence = {"license": "apache-2.0"}
     data = ModelCardData(**{**card.data.to_dict(), **licence}, eval_results=results or None,
                          model_name=f"{task} adapter" if results else None)
     return f"---\n{data.to_yaml()}\n---\n{card.text.rstrip()}\n\n{notes}"
-
-
-def _gguf(plan: ExportPlan, info: AdapterInfo) -> str:
-    return f"{info.name}-{'lora-' * (plan.to == 'gguf-lora')}{plan.quantize}.gguf"
 
 
 def _record(plan: ExportPlan, info: AdapterInfo, task: Task) -> dict:
@@ -238,10 +213,10 @@ def _record(plan: ExportPlan, info: AdapterInfo, task: Task) -> dict:
                        "trained_on": trained_precision(info)}}
 
 
-def _notes(plan: ExportPlan, info: AdapterInfo, record: dict) -> str:
+def _notes(plan: ExportPlan, info: AdapterInfo, record: dict, file: str) -> str:
     """The README."""
     base, (server, port) = record["base_model"], SERVERS[plan.to]
-    names = {"name": info.name, "base": base["name"], "file": _gguf(plan, info),
+    names = {"name": info.name, "base": base["name"], "file": file,
              "max_rank": max(8, 1 << (info.rank - 1).bit_length())}  # vLLM takes powers of two
     request = {"model": info.name, "prompt": "…", "temperature": 0, "stop": record["stop"],
                "max_tokens": record["max_new_tokens"]}

@@ -22,9 +22,7 @@ FOR = {  # what each target is for, as cards and the panel say it
 def offers(folder: str, base_model: str = EMBEDDED, plain: bool = True,
            verified: bool = True) -> list[tuple[str, str]]:
     """For each target that an adapter can have: what it is for, and the command that exports it.
-
-    plain: it is plain LoRA, as llama.cpp's LoRA file needs; verified: it has metrics.json, of which
-    the hub's card is made.
+    plain: plain LoRA, as llama.cpp's LoRA file needs; verified: with the metrics of a hub's card.
     """
     impossible = {"gguf-lora": not plain, "hub-folder": not verified}
     base = "" if base_model == EMBEDDED else f" -p base_model={shlex.quote(base_model)}"
