@@ -5,7 +5,6 @@ tokens and probabilities with this project's own; others are refused.
 """
 
 import json
-from functools import lru_cache
 from pathlib import Path
 
 import gguf
@@ -21,6 +20,7 @@ KINDS = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.
          "q8_0": gguf.GGMLQuantizationType.Q8_0}
 FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
               "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+ENDINGS = (".weight", ".bias")  # what llama.cpp's names of tensors keep
 # How a tokenizer cuts text before it merges bytes, by llama.cpp's name: its pre-tokenizer's parts.
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -76,9 +76,9 @@ def write_model(model, tokenizer, path: Path, quantize: str = "f16") -> None:
     vectors stay float32. Raises WorkbookError as `check_gguf`."""
     config = model.config
     check_gguf(config, tokenizer)
-    writer = _writer(path, config)
-    head = config.hidden_size // config.num_attention_heads
-    head = getattr(config, "head_dim", None) or head
+    writer, names = _begin(path, config)
+    head = (getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -98,7 +98,8 @@ def write_model(model, tokenizer, path: Path, quantize: str = "f16") -> None:
             continue  # llama.cpp takes the embeddings
         kind = KINDS[quantize if tensor.ndim > 1 and tensor.shape[-1] % 32 == 0 else "f32"]
         content = llama_rows(name, tensor.float().numpy(), config)
-        writer.add_tensor(_name(name, config), gguf.quantize(content, kind), raw_dtype=kind)
+        writer.add_tensor(names.get_name(name, ENDINGS), gguf.quantize(content, kind),
+                          raw_dtype=kind)
     _close(writer)
 
 
@@ -110,7 +111,7 @@ def write_lora(info: AdapterInfo, tensors: dict, config, path: Path, quantize: s
     Raises WorkbookError as `check_gguf`.
     """
     check_gguf(config)
-    writer = _writer(path, config)
+    writer, names = _begin(path, config)
     writer.add_type("adapter")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, info.scaling * info.rank)
@@ -123,7 +124,7 @@ def write_lora(info: AdapterInfo, tensors: dict, config, path: Path, quantize: s
                 wanted, rank = info.scaling_of(module), matrix.shape[1]
                 content = content * np.float32(wanted * rank / (info.scaling * info.rank))
             content = gguf.quantize(content, KINDS[quantize])
-            writer.add_tensor(f"{_name(name, config)}.lora_{part}", content)
+            writer.add_tensor(f"{names.get_name(name, ENDINGS)}.lora_{part}", content)
     _close(writer)
 
 
@@ -146,22 +147,13 @@ def llama_rows(name: str, content: np.ndarray, config) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(content.shape)
 
 
-def _name(name: str, config) -> str:
-    """llama.cpp's name of a tensor."""
-    names = _names(ARCHITECTURES[config.model_type], config.num_hidden_layers)
-    return names.get_name(name, (".weight", ".bias"))
-
-
-@lru_cache
-def _names(architecture: str, layers: int) -> gguf.TensorNameMap:
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(kinds[architecture], layers)
-
-
-def _writer(path: Path, config) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
+def _begin(path: Path, config) -> tuple[gguf.GGUFWriter, gguf.TensorNameMap]:
+    """A writer, and llama.cpp's names of the tensors."""
+    architecture = ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(path.stem)
-    return writer
+    kind = gguf.MODEL_ARCH[architecture.upper()]
+    return writer, gguf.get_tensor_name_map(kind, config.num_hidden_layers)
 
 
 def _close(writer: gguf.GGUFWriter) -> None:
