@@ -39,8 +39,8 @@ class Schema:
 
 @dataclass
 class Values:
-    """What some queries compare columns with: values that meet a condition on a column (good) or
-    miss it closely (near), whole numbers beside no column, columns compared with columns."""
+    """What queries compare columns with: values that meet a condition on a column (good) or miss it
+    closely (near), whole numbers beside no column (counts), columns beside columns (keys)."""
 
     good: dict[str, list] = field(default_factory=lambda: defaultdict(list))
     near: dict[str, list] = field(default_factory=lambda: defaultdict(list))
@@ -63,8 +63,7 @@ def limits(connection: sqlite3.Connection, seconds: float,
     deadline = time.thread_time() + seconds
     connection.set_authorizer(authorise)
     connection.set_progress_handler(lambda: time.thread_time() > deadline, 1000)
-    # The deadline is looked at between SQLite's operations, and one on long texts (instr, LIKE)
-    # can take minutes, a thousand rows of them a gigabyte.
+    # The deadline is looked at between operations, and one on long texts can take minutes.
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200)
     try:
@@ -118,11 +117,12 @@ def values_of(schema: Schema, queries: list[str]) -> Values:
     return values
 
 
-def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
+def fill(schema: Schema, values: Values, index: int, rows: int = 24,
          nulls: float = 0.0) -> sqlite3.Connection:
-    """A database with at most `rows` random rows in each table, less those that a constraint
-    refuses. nulls: the share of empty cells. Raises sqlite3.Error beyond a second of CPU time."""
-    rng = random.Random(seed)
+    """A database with `rows` random rows in each table, less those that a constraint refuses.
+    index: its seed; nulls: the share of empty cells. Raises sqlite3.Error beyond a second of CPU
+    time."""
+    rng = random.Random(f"0/{index}")
     connection = _make(schema.context)
     deadline = time.thread_time() + 1
     with limits(connection, 1, MAKES):
@@ -137,20 +137,18 @@ def fill(schema: Schema, values: Values, seed: str, rows: int = 24,
     return connection
 
 
-def fill_databases(context: str, queries: list[str], seed: int = 0, databases: int = 6,
-                   rows: int = 24) -> list[sqlite3.Connection]:
-    """Random in-memory databases with the context's tables, built to tell the queries apart. Every
-    second one has empty cells; foreign keys need not hold. Raises sqlite3.Error when the context
-    does more than make tables, views and indexes."""
+def fill_databases(context: str, queries: list[str],
+                   databases: int = 6) -> list[sqlite3.Connection]:
+    """Random databases with the context's tables, built to tell the queries apart; every second one
+    has empty cells. Raises sqlite3.Error when the context does more than make tables, views and
+    indexes."""
     schema = read_schema(context)
     values = values_of(schema, queries)
-    return [fill(schema, values, f"{seed}/{index}", rows, 0.1 * (index % 2))
-            for index in range(databases)]
+    return [fill(schema, values, index, nulls=0.1 * (index % 2)) for index in range(databases)]
 
 
 def _make(context: str) -> sqlite3.Connection:
-    """Run a row's context, which may come from anywhere: it can make tables, views and indexes, of
-    at most 8 MB, and do nothing else."""
+    """Run a row's context, a stranger's SQL: it can make tables, views and indexes of 8 MB."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.execute("PRAGMA max_page_count = 2000")
     with limits(connection, 1, MAKES):

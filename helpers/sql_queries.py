@@ -49,8 +49,8 @@ def parse(text: str, columns: frozenset[str] = frozenset()) -> tuple[exp.Express
 
 
 def normalise_sql(query: str, columns: Iterable[str] = ()) -> str | None:
-    """The query in one spelling (case of keywords and names, spacing, quotes), or None when it is
-    not one statement that parses. columns: see parse()."""
+    """The query in one spelling, or None when it is not one statement that parses. columns: see
+    parse()."""
     if len(trees := parse(query, frozenset(columns))) != 1:
         return None
     tree = trees[0].copy()
@@ -80,9 +80,8 @@ def conditions(tree: exp.Expression) -> Iterator[tuple[set[str], object, list, l
 
 
 def edits(tree: exp.Expression, columns: Columns) -> dict[str, bool]:
-    """The query with one thing changed: a constant, a column, an operator, a condition, DISTINCT,
-    an aggregate, the order, the limit, a join; some do not run. Returns {edit: whether it means
-    something else all but certainly}."""
+    """The query with one thing changed, as {edit: whether it means something else all but
+    certainly}; some do not run."""
     root, gap = exp.Paren(this=tree.copy()), exp.var("\0")  # no query has that character
     write = sqlglot.Dialect.get_or_raise("sqlite").generator().generate
     found: dict[str, bool] = {}
@@ -102,8 +101,10 @@ def edits(tree: exp.Expression, columns: Columns) -> dict[str, bool]:
 
 def _value(node: exp.Expression) -> object:
     """A constant in Python; SQLite's integers have 64 bits."""
-    if isinstance(node, exp.Null) or node.is_string:
-        return None if isinstance(node, exp.Null) else node.this
+    if isinstance(node, exp.Null):
+        return None
+    if node.is_string:
+        return node.this
     number = float(node.this)
     return int(node.this) if node.this.isdigit() and number < 2**62 else number
 

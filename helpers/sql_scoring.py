@@ -25,22 +25,21 @@ def sql_exact(answer: str, reference: str, context: str = "") -> bool:
     return normal is not None and normal == normalise_sql(reference, columns)
 
 
-def sql_execution(answer: str, reference: str, context: str,
-                  seed: int = 0) -> tuple[bool | None, bool]:
-    """Whether two queries return the same on every test database.
+def sql_execution(answer: str, reference: str, context: str) -> tuple[bool | None, bool]:
+    """``(same, valid)``: whether two queries return the same on every test database, and whether
+    the answer ran on all.
 
-    Results are compared as multisets of rows, or in order when the reference as a whole orders its
-    rows; column names don't count. Returns ``(same, valid)``. same is None, whatever the answer,
-    when the databases cannot tell the reference from its single edits. valid: the answer ran on all
-    databases. Raises sqlite3.Error when the reference itself does not run.
+    Rows are compared as a multiset, or in order when the reference as a whole orders them; column
+    names don't count. same is None, whatever the answer, when the databases cannot tell the
+    reference from its single edits. Raises sqlite3.Error when the reference itself does not run.
     """
-    indices, ordered, decidable = _choose(reference, context, seed)
+    indices, ordered, decidable = _choose(reference, context)
     schema = read_schema(context)
     own, both = values_of(schema, [reference]), values_of(schema, [reference, answer])
     plans = [(own, index) for index in indices] + [(both, -1 - index) for index in range(_FEWEST)]
     same = True
     for values, index in plans:
-        with contextlib.closing(_database(schema, values, seed, index)) as connection:
+        with contextlib.closing(_database(schema, values, index)) as connection:
             _, expected = run_sql(connection, reference, max_rows=MOST_ROWS)
             try:
                 _, got = run_sql(connection, answer, max_rows=MOST_ROWS)
@@ -60,7 +59,7 @@ def same_rows(a: list[tuple], b: list[tuple], ordered: bool) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], bool, bool]:
+def _choose(reference: str, context: str) -> tuple[tuple[int, ...], bool, bool]:
     """(numbers of the databases that tell a reference from its single edits, whether the order of
     its rows counts, whether all edits are told).
 
@@ -73,7 +72,7 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
     alive["SELECT 1 WHERE 0"] = True
     chosen, deadline = [], time.monotonic() + 10
     for index in range(_MOST):
-        with contextlib.closing(_database(schema, values, seed, index)) as connection:
+        with contextlib.closing(_database(schema, values, index)) as connection:
             _, expected = run_sql(connection, reference, max_rows=MOST_ROWS)
             left = _alike(connection, alive, expected, ordered)
         if index < _FEWEST or len(left) < len(alive):
@@ -85,11 +84,11 @@ def _choose(reference: str, context: str, seed: int) -> tuple[tuple[int, ...], b
     return tuple(chosen), ordered, not any(alive.values())
 
 
-def _database(schema: Schema, values: Values, seed: int, index: int) -> sqlite3.Connection:
+def _database(schema: Schema, values: Values, index: int) -> sqlite3.Connection:
     fewest, per_count, nulls = _SHAPES[index % len(_SHAPES)]
     count = max((number for number in values.counts if number <= 100), default=0)
     rows = max(fewest, int(per_count * count) + index % 2)
-    return fill(schema, values, f"{seed}/{index}", rows, nulls)
+    return fill(schema, values, index, rows, nulls)
 
 
 def _alike(connection: sqlite3.Connection, queries: dict[str, bool], expected: list[tuple],

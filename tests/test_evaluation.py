@@ -202,7 +202,7 @@ def test_the_judges_databases_are_the_same_every_time():
     for _ in range(2):
         sql_scoring._choose.cache_clear()
         assert ev.sql_execution(reference, reference, PAIR) == (True, True)
-        chosen = sql_scoring._choose(reference, PAIR, 0)
+        chosen = sql_scoring._choose(reference, PAIR)
         dumps.append((chosen, [list(one.iterdump()) for one in ev.fill_databases(PAIR, [reference], databases=3)]))
     assert dumps[0] == dumps[1]
 
