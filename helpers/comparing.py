@@ -27,8 +27,7 @@ BASELINES = {"detox": {
 
 def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=None, seed: int = 0,
             only: tuple[str, ...] = ()) -> dict[str, dict]:
-    """Every system on the same rows: base under the task's prompt, base in its own chat, the
-    adapter, and the task's baselines.
+    """Every system on the same rows: base, base in its own chat, adapter, and the task's baselines.
 
     model: a peft model (its active adapter is the one judged). progress: called with (system,
     prompts done). only: of the systems that generate, those named (default: all).
@@ -38,8 +37,10 @@ def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=N
     prompts = _prompts(task, tokenizer, rows)
     if only:
         prompts = {system: asked for system, asked in prompts.items() if system in only}
-    texts = _generate_as(task, model, tokenizer, prompts, progress)
-    answers = {system: _answers(task, system, written) for system, written in texts.items()}
+    answers = {}
+    for system, texts in _generate_as(task, model, tokenizer, prompts, progress).items():
+        read = chat_answer if system == CHAT else Task.answer
+        answers[system] = [read(task, text) for text in texts]
     for system, answer in BASELINES.get(task.name, {}).items():
         answers[system] = [answer(row) for row in rows]
     systems = {system: {"answers": given, "scores": score(task, given, rows)}
@@ -77,11 +78,11 @@ def verifiable(task: Task, model, tokenizer, every: int = 1, progress=None,
     return systems
 
 
-def token_losses(model, tokenizer, prompts: list[str] | list[list[int]], completions: list[str],
-                 batch_size: int | None = None) -> list[float]:
+def token_losses(model, tokenizer, prompts: list[str] | list[list[int]],
+                 completions: list[str]) -> list[float]:
     """Mean cross-entropy (nats) per token of each completion and its end-of-text token, given its
     prompt."""
-    batch_size = batch_size or (128 if model.device.type == "cuda" else 16)
+    batch_size = 128 if model.device.type == "cuda" else 16
     rows = [encode(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     losses, collate = [0.0] * len(rows), Collator(tokenizer.pad_token_id)
@@ -101,8 +102,7 @@ def token_losses(model, tokenizer, prompts: list[str] | list[list[int]], complet
 
 
 def chat_prompts(tokenizer, messages: list[str]) -> list[list[int]]:
-    """Token ids of user messages in the tokenizer's own chat template, up to where the model's
-    answer begins."""
+    """Token ids of user messages in the tokenizer's chat template, up to where an answer begins."""
     turns = [[{"role": "user", "content": text}] for text in messages]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
@@ -137,25 +137,21 @@ def _prompts(task: Task, tokenizer, rows: list[dict[str, str]]) -> dict[str, lis
 
 
 def _as(model, system: str):
-    """The peft model as that system, for a with block: its adapter acts in "adapter" alone."""
+    """For a with block: the adapter acts in the system "adapter" alone."""
     return contextlib.nullcontext() if system == "adapter" else model.disable_adapter()
 
 
 def _generate_as(task: Task, model, tokenizer, prompts: dict[str, list],
                  progress) -> dict[str, list[str]]:
-    """What each system writes after its prompts: a chat up to the end-of-text token, the others up
-    to the task's stop text."""
+    """What each system writes, a chat up to the end-of-text token, others to the stop text."""
     texts = {}
     for system, asked in prompts.items():
         stop = None if system == CHAT else task.stop
         said = progress and functools.partial(progress, system)
         with _as(model, system):
-            texts[system] = generate(model, tokenizer, asked, task.max_new_tokens, None, stop, said)
+            texts[system] = generate(model, tokenizer, asked, task.max_new_tokens, stop=stop,
+                                     progress=said)
     return texts
-
-
-def _answers(task: Task, system: str, texts: list[str]) -> list[str]:
-    return [chat_answer(task, text) if system == CHAT else task.answer(text) for text in texts]
 
 
 def _add(system: dict, **metrics: list[float]) -> None:
@@ -171,7 +167,7 @@ def _add_detox_scores(systems: dict, model, tokenizer, rows: list[dict[str, str]
 
     style: 1 when the classifier finds the answer inoffensive. similarity: to the toxic text.
     fluency: 1 when the base model finds the answer no more surprising, per token, than 95% of the
-    human answers (there is no packaged judge of grammar; an empty answer is not fluent).
+    human answers. An empty answer is not fluent.
     """
     before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     losses = {}

@@ -52,7 +52,12 @@ class Verifiable:
 
     kind: str
     instruction: str
-    passes: Callable[[str], bool]
+    word: str  # the topic's
+    check: Callable[[str, str], bool]
+
+    def passes(self, answer: str) -> bool:
+        """An empty answer follows nothing."""
+        return bool(answer.strip()) and self.check(answer.strip(), self.word)
 
 
 def verifiable_instructions() -> list[Verifiable]:
@@ -61,8 +66,7 @@ def verifiable_instructions() -> list[Verifiable]:
     for kind, text, check in _DEMANDS:
         for topic in TOPICS:
             word = topic.split()[-1]
-            asked.append(Verifiable(kind, text.format(topic=topic, word=word),
-                                    partial(_passes, check, word)))
+            asked.append(Verifiable(kind, text.format(topic=topic, word=word), word, check))
     return asked
 
 
@@ -86,11 +90,6 @@ def _listed() -> frozenset[str]:
 @lru_cache(maxsize=100_000)
 def _judged(word: str) -> bool:
     return offensive([word])[0] > 0.5
-
-
-def _passes(check: Callable[[str, str], bool], word: str, answer: str) -> bool:
-    """An empty answer follows nothing."""
-    return bool(answer.strip()) and check(answer.strip(), word)
 
 
 def _words(text: str) -> int:

@@ -1,8 +1,4 @@
-"""Scores of generated answers, row by row, and their mean with an interval.
-
-SQL is judged by exact match and by execution (helpers.sql_scoring); text by chrF (sacrebleu) and
-ROUGE-L. Every number that is reported comes with a 95% interval.
-"""
+"""Scores of generated answers, row by row, and their mean with a 95% interval."""
 
 import re
 import sqlite3
@@ -64,22 +60,20 @@ def bootstrap(values: list[float], seed: int = 0, samples: int = 2000) -> Estima
 
 
 def difference(a: list[float | None], b: list[float | None], seed: int = 0) -> Estimate:
-    """Mean of a - b over the same rows, by bootstrap. Pairs share their luck, so its interval is
-    narrower than those of a and b. A row that either lacks (None) is left out; without rows: NaN
-    in [-1, 1]."""
+    """Mean of a - b over the same rows, by bootstrap. Pairs share their luck, so the interval is
+    narrower. A row that either lacks (None) is left out; without rows: NaN in [-1, 1]."""
     pairs = [x - y for x, y in zip(a, b, strict=True) if None not in (x, y)]
     return bootstrap(pairs, seed) if pairs else Estimate(float("nan"), -1.0, 1.0, 0)
 
 
 def chrf(answer: str, reference: str) -> float:
-    """Sentence chrF in [0, 1]: F-score of character n-grams up to 6, beta 2 (Popovic 2015;
-    sacrebleu)."""
+    """Sentence chrF in [0, 1]: F-score of character n-grams up to 6, beta 2 (Popovic 2015)."""
     return _CHRF.sentence_score(answer, [reference]).score / 100
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L in [0, 1]: F1 of the longest common subsequence of lower-cased words (Lin 2004). In
-    scripts that write no spaces between words, each character counts as one."""
+    """ROUGE-L in [0, 1]: F1 of the longest common subsequence of lower-cased words (Lin 2004), or
+    of characters in scripts that write no spaces between words."""
     a, b = _words(answer), _words(reference)
     if not a or not b:
         return 0.0
@@ -96,18 +90,13 @@ def _words(text: str) -> list[str]:
     return re.findall(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+", text.lower())
 
 
-def exact(answer: str, reference: str) -> float:
-    """1.0 when the texts are equal after trimming, else 0.0."""
-    return float(answer.strip() == reference.strip())
-
-
 def score(task: Task, answers: list[str],
           rows: list[dict[str, str]]) -> list[dict[str, float | None]]:
     """Per-row metrics of a task's answers: each a number in [0, 1], by metric name.
 
-    A task whose metric is "execution" is scored as SQL, with the tables in the row's `context`; any
-    other as text. A row's execution is None, whatever the answer, where the test databases cannot
-    tell its reference from other queries. Raises WorkbookError when the reference does not run.
+    A task whose metric is "execution" is scored as SQL, on the tables of the row's `context`.
+    A row's execution is None, whatever the answer, where the test databases cannot tell its
+    reference from other queries. Raises WorkbookError when the reference does not run.
     """
     scorer = _sql_scores if task.metric == "execution" else _text_scores
     pairs = zip(answers, rows, strict=True)
@@ -129,16 +118,14 @@ def summarise(scores: list[dict[str, float | None]], seed: int = 0) -> dict[str,
     return means
 
 
-def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]],
-             batch_size: int | None = None, progress=None, seed: int = 0) -> dict:
-    """Generate an answer for every row, score them, and sum up.
-
-    Returns ``{"metrics": {name: Estimate}, "undecidable": number of rows that a metric leaves out,
-    "answers": [...], "scores": [...], "seconds": of generating, "new_tokens": number}``.
-    """
+def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=None,
+             seed: int = 0) -> dict:
+    """Generate an answer for every row, score them, and sum up: ``{"metrics": {name: Estimate},
+    "undecidable": number of rows that a metric leaves out, "answers": [...], "scores": [...],
+    "seconds": of generating, "new_tokens": number}``."""
     start = time.perf_counter()
     texts = generate(model, tokenizer, [task.prompt(row) for row in rows], task.max_new_tokens,
-                     batch_size, task.stop, progress)
+                     stop=task.stop, progress=progress)
     seconds = time.perf_counter() - start
     answers = [task.answer(text) for text in texts]
     scores = score(task, answers, rows)
@@ -148,8 +135,8 @@ def evaluate(task: Task, model, tokenizer, rows: list[dict[str, str]],
 
 
 def _text_scores(answer: str, reference: str, row: dict[str, str]) -> dict[str, float | None]:
-    return {"exact": exact(answer, reference), "chrf": chrf(answer, reference),
-            "rouge_l": rouge_l(answer, reference)}
+    return {"exact": float(answer.strip() == reference.strip()),
+            "chrf": chrf(answer, reference), "rouge_l": rouge_l(answer, reference)}
 
 
 def _sql_scores(answer: str, reference: str, row: dict[str, str]) -> dict[str, float | None]:
