@@ -26,7 +26,7 @@ VALIDATION_SHARE = 20  # one group in 20 is validation when the source names no 
 @dataclass(frozen=True)
 class Rows:
     """Rows of one split: dicts with the task's columns, its target and a file's other fields.
-    total: rows of the split before `n` and `fraction`. source, licence: for the model card."""
+    total: rows of the whole split. source, licence: for the model card."""
 
     rows: list[dict[str, str]] = field(repr=False)
     source: str
@@ -40,11 +40,10 @@ def load_rows(task_name: str, source: str = "practice", split: str = "train", n:
 
     source: ``"practice"`` (this project's own rows); ``"hub"`` (the task's hub dataset);
     ``"hub:<id or folder>"`` (another dataset with the same columns); or a path to a .jsonl or
-    .jsonl.gz file with one JSON object a line. split: one of SPLITS. fraction: share of the split
-    to use; n: at most so many rows. `seed` chooses which rows stay; of practice rows, which are in
-    random order already, seed 0 takes the first.
-    Raises WorkbookError when the source cannot be read, or when a row is not what the task needs:
-    it names file and line.
+    .jsonl.gz file with one JSON object a line. fraction: share of the split to use; n: at most so
+    many rows. `seed` chooses which rows stay; of practice rows, which are in random order already,
+    seed 0 takes the first. Raises WorkbookError when the source cannot be read, and names file and
+    line of a row that is not what the task needs.
     """
     if split not in SPLITS:
         raise WorkbookError(f"split is {split!r}: use {' or '.join(SPLITS)}.")
@@ -140,7 +139,7 @@ def _hub_rows(task: Task, source: str) -> tuple[list[dict], str, str]:
 
 
 def _checked(task: Task, row: object, where: str) -> dict:
-    """The row, with "" for an optional column and None for a ``split`` that it does not have."""
+    """The row, with "" for an optional column and None for a ``split`` that it lacks."""
     if not isinstance(row, dict):
         raise WorkbookError(f"{where} is a JSON {type(row).__name__}: every line must be one JSON "
                             "object.")
@@ -208,11 +207,9 @@ def words(text: str) -> str:
 # --- text as tokens: for training, evaluation and the panel alike
 
 def prompt_ids(tokenizer, prompt: str | list[int]) -> list[int]:
-    """Token ids of a prompt: what the tokenizer puts before every text, then the text.
-
-    The text of a special token, such as <|im_end|>, is encoded as plain text: in a row or a
-    question it has no power. A prompt that is token ids already, as a chat template makes them,
-    stays as it is.
+    """Token ids of a prompt: what the tokenizer puts before every text, then the text, in which the
+    name of a special token, such as <|im_end|>, has no power. Token ids, as a chat template makes
+    them, stay as they are.
     """
     if not isinstance(prompt, str):
         return prompt
@@ -228,7 +225,7 @@ def _begin(tokenizer) -> list[int]:
 
 
 def plain_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts alone: nothing is added, and no part of a text is a special token."""
+    """Token ids of texts alone, none of them a special token."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -236,8 +233,8 @@ def encode(tokenizer, prompt: str | list[int], completion: str | None = None) ->
     """Token ids of a prompt, or of a training row: prompt, completion, end-of-text token.
 
     Returns ``input_ids`` and ``labels`` of equal length; labels are -100 (ignored by the loss) on
-    the prompt. The two are tokenized separately: together, a prompt that ends in a space would lend
-    it to the completion's first token, and training would see another prompt than generation.
+    the prompt. Tokenized together, a prompt that ends in a space would lend it to the completion's
+    first token, and training would see another prompt than generation.
     """
     asked, scored = prompt_ids(tokenizer, prompt), []
     if completion is not None:
@@ -255,7 +252,7 @@ def encode_rows(tokenizer, task: Task, rows: list[dict[str, str]],
     tokens (cutting one would teach half an answer). Raises WorkbookError when no row fits."""
     if not rows:
         return [], 0
-    # All texts at once: the tokenizer then uses all cores.
+    # All at once, on all cores.
     prompts = plain_ids(tokenizer, [task.prompt(row) for row in rows])
     completions = plain_ids(tokenizer, [task.completion(row) for row in rows])
     begin, end = _begin(tokenizer), [tokenizer.eos_token_id]

@@ -73,9 +73,9 @@ def generate(model, tokenizer, prompts: list[str] | list[list[int]], max_new_tok
              progress: Callable[[int], None] | None = None, **settings) -> list[str]:
     """One completion per prompt (text or token ids, see data.prompt_ids), in their order.
 
-    Greedy, unless `settings` (of transformers' generate) say otherwise. Prompts are sorted by their
-    length, so that batches waste little. batch_size: prompts at once (None: 32 on a CPU, 256 on a
-    GPU). stop: text that ends a completion. progress: called with the number of prompts done.
+    Greedy, unless `settings` (of transformers' generate) say otherwise. batch_size: prompts at once
+    (None: 32 on a CPU, 256 on a GPU). stop: text that ends a completion. progress: called with the
+    number of prompts done.
     """
     batch_size = batch_size or (256 if model.device.type == "cuda" else 32)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, **settings}
@@ -101,9 +101,9 @@ def write_batch(model, tokenizer, prompts: list[str] | list[list[int]], stop_tex
                 halt: threading.Event | None = None, **options) -> list[Answer]:
     """Complete prompts in one batch, padded on the left.
 
-    A row ends at an end-of-text token (the tokenizer's, which fine-tuning teaches, or the model's
-    own), or at `stop_text` after something that is not blank; all end when `halt` is set. on_text:
-    called with all rows' texts so far after each token. options: of transformers' generate.
+    A row ends at one of `end_ids`, or at `stop_text` after something that is not blank; all end
+    when `halt` is set. on_text: called with all rows' texts so far after each token. options: of
+    transformers' generate.
     """
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     batch = tokenizer.pad({"input_ids": asked}, padding_side="left", return_attention_mask=True,

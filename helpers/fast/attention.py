@@ -13,11 +13,10 @@ NAME = "causal_sdpa"  # under this name the attention is registered with transfo
 def use_plain_causal_attention(model) -> bool:
     """Let a batch without a mask mean plain causal attention, in a Llama with torch's attention.
 
-    transformers looks into such a batch's positions for packed documents, which waits for the GPU
-    in every step; while a graph is recorded it cannot look, and stores a mask of all pairs. An
-    empty mask, (0, 0, 0, length), is passed through to `_attend` instead. Returns whether the model
-    was changed: only Llama, which does nothing else with a mask. Other models find positions in it,
-    or the window that a layer sees.
+    transformers would look into its positions for packed documents, which waits for the GPU in
+    every step and cannot be recorded. An empty mask, (0, 0, 0, length), is passed through to
+    `_attend` instead. Returns whether the model was changed: only Llama, as other models find
+    positions in a mask, or the window that a layer sees.
     """
     if model.config.model_type != "llama" or model.config._attn_implementation != "sdpa":
         return False

@@ -1,13 +1,12 @@
 """BLOOM through torch's fused attention, where documents of a packed row can be kept apart.
 
 transformers computes BLOOM's attention step by step, and every row of a batch as one document.
-ALiBi (arXiv:2108.12409, section 3) has no positional embeddings: head h adds
-slope_h x (key's place - query's place) to its scores. A softmax over keys does not change when a
-query's scores all move by the same amount, so slope_h x key's place does as well, and a packed
-document needs no positions of its own: it only has to be masked from the others. Where nothing but
-the future is hidden, the bias is a product, (slope) . (place), that `_causal` gives to queries and
-keys as extra dimensions: no bias is stored, and the kernel that skips the future half of the scores
-can be used.
+ALiBi (arXiv:2108.12409, section 3) adds slope_h x (key's place - query's place) to the scores of
+head h. A softmax over keys does not change when all scores of a query move by the same amount, so
+slope_h x key's place does as well, and packed documents need no positions of their own, only a
+mask. Where nothing but the future is hidden, the bias is a product, (slope) . (place), that
+`_causal` gives to queries and keys as extra dimensions: no bias is stored, and the kernel that
+skips the future half of the scores can be used.
 """
 
 from __future__ import annotations
@@ -51,9 +50,9 @@ def slopes(heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
 def bias(allowed: torch.Tensor, heads: int, dtype: torch.dtype, first_query: int = 0):
     """What is added to the scores: ALiBi where `allowed` (rows, 1, queries, keys) is True.
 
-    first_query: the place of the first query among the keys. Distances, not places, so that
-    bfloat16 is exact near the query. Every query sees itself, padding too: a softmax over no key at
-    all has no gradient. Returns (rows, heads, queries, keys).
+    first_query: the place of the first query among the keys. Distances, unlike places, are exact
+    near the query in bfloat16. Every query sees itself, padding too: a softmax over no key has no
+    gradient. Returns (rows, heads, queries, keys).
     """
     queries = torch.arange(first_query, first_query + allowed.shape[2], device=allowed.device)
     keys = torch.arange(allowed.shape[3], device=allowed.device)
@@ -73,9 +72,9 @@ def _mask(*arguments, q_offset=0, allow_is_causal_skip=True, dtype=None, config=
 def factors(heads: int, length: int, scaling: float, dtype: torch.dtype, device: torch.device):
     """ALiBi as a product: (heads, 1, 8) and (length, 8), inner products slope x place / scaling.
 
-    Both are sums of parts that bfloat16 holds exactly, the slope as three (24 bits, as many as
-    float32 has), the place as 256 x high + low, so that the products are as exact as the kernel's
-    float32 sums. Eight, as kernels want sizes divisible by 8; scaling, as they scale the products.
+    Both are sums of parts that bfloat16 holds exactly, the slope as three (24 bits, as in float32),
+    the place as 256 x high + low. Eight, as kernels want sizes divisible by 8; scaling, as they
+    scale the products.
     """
     rest, parts = slopes(heads) / scaling, []
     for _ in range(3):
@@ -101,8 +100,7 @@ def _causal(query, key, value, slope, place, scaling: float, dropout: float) -> 
 
 
 def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
-    """transformers' attention function: (rows, heads, queries, size) -> (rows, queries, heads,
-    size), and no weights."""
+    """(rows, heads, queries, size) -> (rows, queries, heads, size), and no weights."""
     # Under autocast queries have its type, and the bias has the weights'.
     mixed = scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling,
                                          attn_mask=attention_mask.to(query.dtype))
@@ -128,9 +126,8 @@ class AlibiAttention(BloomAttention):
 
 
 class SameTypeNorm(torch.nn.LayerNorm):
-    """LayerNorm that gives back bfloat16 for bfloat16. Autocast would hand float32 to all that
-    follows, twice the bytes; the kernel sums in float32 either way. float16 is left to autocast:
-    its range is too small for what the layers add up."""
+    """LayerNorm that gives back bfloat16 for bfloat16: autocast's float32 is twice the bytes for
+    all that follows. float16's range is too small for what the layers add up."""
 
     def forward(self, hidden_states):
         if hidden_states.dtype != torch.bfloat16:

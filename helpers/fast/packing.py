@@ -31,12 +31,11 @@ def pack(dataset: Dataset, length: int, packing: str) -> Dataset:
 
 def takes_mask(model, name: str, max_length: int) -> bool:
     """Whether a ready mask keeps documents of one row apart (True), or their positions do, of which
-    transformers makes a mask for each layer (False).
+    transformers makes a mask for each layer, which waits for the GPU (False).
 
     Found by trying: the head must be given the same for two documents in a row as for each alone.
-    The ready mask is tried first, as making one waits for the GPU. It hides nothing where attention
-    adds it (eager's), and switches sliding windows off: the documents are longer than those.
-    Raises WorkbookError where neither keeps them apart: recurrent layers carry their state on.
+    They are longer than sliding windows, which a ready mask would switch off. Raises WorkbookError
+    where neither keeps them apart: recurrent layers carry their state on.
     """
     config = model.config.get_text_config(decoder=True).to_dict()
     windows = [2 * value for name, value in config.items() if isinstance(value, int)

@@ -34,10 +34,8 @@ def transformer_blocks(model) -> torch.nn.ModuleList:
 
 
 def compile_blocks(model, dynamic: bool = False) -> None:
-    """torch.compile for every block: they share one compiled graph, so it takes seconds.
-
-    dynamic: one graph for rows of every length, a little slower than one made for the only length.
-    """
+    """torch.compile for every block: they share one compiled graph, so it takes seconds. dynamic:
+    for rows of every length, a little slower."""
     for block in transformer_blocks(model):
         block.compile(dynamic=dynamic)
 
