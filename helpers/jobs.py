@@ -27,7 +27,6 @@ from helpers import KINDS, ROOT, WorkbookError, closest, is_text, read_json
 from helpers.export_plan import plan_export
 from helpers.runs import find_unfinished, list_runs, seconds_since
 
-COMMANDS = ("list", "run", "status", "check", "export", "doctor")
 SET_BY_JOB = ("run_dir", "resume")  # parameters that every notebook is given
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
@@ -192,11 +191,10 @@ def plan_job(name, given=None, path=None, resume=False, runs_dir=None, notebooks
     return plan
 
 
-def run(args: argparse.Namespace, name: str, path: str | None = None) -> int:
-    given = dict(pair.split("=", 1) for pair in args.pairs)
-    if len(given) < len(args.pairs):
-        raise WorkbookError("A parameter is given twice with -p: give it once.")
-    plan = plan_job(name, given, path, args.resume, args.runs_dir, args.notebooks_dir)
+def run(args: argparse.Namespace) -> int:
+    """Run a job: a notebook, with checked parameters, in a folder of its own."""
+    plan = plan_job(args.job, _pairs(args), args.path, args.resume, args.runs_dir,
+                    args.notebooks_dir)
     if args.dry_run:
         print(f"notebook: {plan.job.notebook}\nfolder: {plan.run_dir}\nparameters:")
         for key, value in plan.parameters.items():
@@ -214,122 +212,114 @@ def run(args: argparse.Namespace, name: str, path: str | None = None) -> int:
     return EXIT_CODES[status["state"]]
 
 
-def show_jobs(args: argparse.Namespace) -> int:
+def show_jobs(args: argparse.Namespace) -> None:
+    """Show the jobs, their parameters and what they mean."""
     for job in load_jobs(args.notebooks_dir).values():
         print(f"{job.name} - {job.title} ({job.notebook.name})")
         for name, default, kind, text in job.declared.values():
             hint = f": {kind.__name__}" if default is None else ""
             fixed = " (fixed)" if name in job.parameters else ""
             print(f"    {f'{name}{hint} = {default!r}{fixed}':<34} {text}".rstrip())
-    return 0
 
 
-def show_status(args: argparse.Namespace) -> int:
+def show_status(args: argparse.Namespace) -> None:
+    """Show every run and how it ended."""
     row = "{:<36} {:<12} {:<20} {:>8}  {}"
     print(row.format("job", "state", "started (UTC)", "seconds", "error or warning"))
     for status in list_runs(args.runs_dir):
         seconds = status["seconds"] if status["ended"] else seconds_since(status["started"])
         print(row.format(status["id"], status["state"], status["started"][:19], seconds or "?",
                          status["error"] or status.get("warning") or ""))
-    return 0
 
 
-def check_rows(args: argparse.Namespace, source: str) -> int:
-    """Print what the rows of a source are like, before anything is trained on them."""
-    given = _options(args, "base_model", "max_length")
+def check_rows(args: argparse.Namespace) -> None:
+    """Say what the rows of a source are like, before anything is trained on them."""
+    given = _pairs(args, "base_model", "max_length")
     if "max_length" in given:
         given["max_length"] = convert(Parameter("max_length", 512, int, ""), given["max_length"])
     from helpers.preflight import check_source  # slow: it imports transformers
 
-    print("\n".join(check_source(args.task, source, **given)))
-    return 0
+    print("\n".join(check_source(args.task, args.rows, **given)))
 
 
-def export_adapter(args: argparse.Namespace, adapter: str) -> int:
+def export_adapter(args: argparse.Namespace) -> None:
     """Write an adapter in a form that other tools read."""
-    plan = plan_export(adapter, args.to, args.quantize, args.out,
-                       **_options(args, "base_model", "task"))
+    plan = plan_export(args.adapter, args.to, args.quantize, args.out,
+                       **_pairs(args, "base_model", "task"))
     from helpers.export import export  # slow: it imports transformers
 
     print(f"Exported: {export(plan)}")
-    return 0
 
 
-def examine_adapter(args: argparse.Namespace, adapter: str) -> int:
+def examine_adapter(args: argparse.Namespace) -> None:
     """Say what an adapter is and whether it runs; with --convert, write what it can become."""
     from helpers.doctor import convert, diagnose  # slow: it imports transformers
 
-    print("\n".join(diagnose(adapter, args.base)))
+    print("\n".join(diagnose(args.adapter, args.base)))
     if args.convert:
-        print(f"Converted: {convert(adapter, args.convert, args.base)}")
-    return 0
+        print(f"Converted: {convert(args.adapter, args.convert, args.base)}")
 
 
-def _options(args: argparse.Namespace, *allowed: str) -> dict[str, str]:
-    """The -p of a command that is no job. Raises WorkbookError for one that it does not take."""
-    given = dict(pair.split("=", 1) for pair in args.pairs)
-    for name in given:
+COMMANDS = {"list": show_jobs, "run": run, "status": show_status, "check": check_rows,
+            "export": export_adapter, "doctor": examine_adapter}
+
+
+def _pairs(args: argparse.Namespace, *allowed: str) -> dict[str, str]:
+    """The -p by name; of a command that is no job only the allowed ones. Raises WorkbookError."""
+    given = dict(pair.partition("=")[::2] for pair in args.pairs)
+    if len(given) < len(args.pairs):
+        raise WorkbookError("A parameter is given twice with -p: give it once.")
+    for name in given if allowed else ():
         if name not in allowed:
-            raise WorkbookError(f"{args.words[0]} has no parameter {name!r}; "
+            raise WorkbookError(f"{args.command} has no parameter {name!r}; "
                                 f"{closest(name, allowed)}")
     return given
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; words that begin with no command are those of `run`."""
+    words = sys.argv[1:] if argv is None else argv
+    command = words[0] if words and words[0] in COMMANDS else "run"
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.jobs", allow_abbrev=False, description="Run notebooks as jobs.",
-        usage="%(prog)s list | [run] JOB [PATH] [options] | status | check ROWS --task TASK | "
-              "export ADAPTER --to TARGET | doctor ADAPTER")
+        prog=f"python -m helpers.jobs {command}", allow_abbrev=False,
+        description=COMMANDS[command].__doc__,
+        epilog=f"Commands: {', '.join(COMMANDS)}; each has a --help. A job may stand without run.")
     add = parser.add_argument
-    add("words", nargs="+", help=argparse.SUPPRESS)
-    add("-p", dest="pairs", action="append", default=[], metavar="name=value", help="see list")
-    add("--workers", dest="pairs", action="append", type="workers={}".format, metavar="N",
-        help="the same as -p workers=N (default: NUM_GPU_WORKERS, or 1)")
-    add("--resume", nargs="?", const=True, default=False, metavar="JOB_ID",
-        help="go on with the newest unfinished run of the job, or with this one")
-    add("--dry-run", action="store_true", help="check everything, create nothing")
-    add("--task", help="check: the task that the rows (a file, practice or hub) are for")
+    if command in ("run", "check", "export"):
+        add("-p", dest="pairs", action="append", metavar="name=value", help="see list")
+    if command == "run":
+        add("job", help="a name that list shows")
+        add("path", nargs="?", help="what the job works on, such as an adapter's folder")
+        add("--workers", dest="pairs", action="append", type="workers={}".format, metavar="N",
+            help="the same as -p workers=N (default: NUM_GPU_WORKERS, or 1)")
+        add("--resume", nargs="?", const=True, default=False, metavar="JOB_ID",
+            help="go on with the newest unfinished run of the job, or with this one")
+        add("--dry-run", action="store_true", help="check everything, create nothing")
+    if command == "check":
+        add("rows", help="a file, practice or hub")
+        add("--task", required=True, help="the task that the rows are for, such as sql")
+    if command in ("export", "doctor"):
+        add("adapter", help="an adapter's folder")
+    if command == "export":
+        add("--to", help="merged, gguf, gguf-lora, modelfile or hub-folder")
+        add("--quantize", help="the weights of a GGUF file: f16 (default), f32 or q8_0")
+        add("--out", type=Path, help="a new folder (default: below runs/exports)")
+    if command == "doctor":
+        add("--base", help="the base model to judge by (default: the adapter's, if it is here)")
+        add("--convert", type=Path, metavar="OUT", help="write plain LoRA to a new folder")
     add("--runs-dir", type=Path, metavar="DIR", help="where runs are kept (default: runs/)")
     add("--notebooks-dir", type=Path, help=argparse.SUPPRESS)
-    add("--to", help="export: merged, gguf, gguf-lora, modelfile or hub-folder")
-    add("--quantize", help="export: the weights of a GGUF file, f16 (default), f32 or q8_0")
-    add("--out", type=Path, help="export: a new folder (default: below runs/exports)")
-    add("--base", help="doctor: the base model to judge by (default: the adapter's, if it is here)")
-    add("--convert", type=Path, metavar="OUT", help="doctor: write plain LoRA to a new folder")
-    args = parser.parse_intermixed_args(argv)
-    if args.words[0] == "run":
-        del args.words[0]
-    if wrong := _misused(args):
-        parser.error(wrong)
-    return args
-
-
-def _misused(args: argparse.Namespace) -> str:
-    """What is wrong with how words and options go together, or nothing."""
-    command, paths = (args.words or [""])[0], len(args.words) - 1
-    if command in ("check", "export", "doctor") and paths != 1:
-        return f"{command} takes one path"
-    if paths not in (0, 1) or (paths and command in ("list", "status")):
-        return "give one job and at most one path"
+    parser.set_defaults(command=command, pairs=[])
+    args = parser.parse_intermixed_args(words[words[:1] == [command]:])
     if not all("=" in pair for pair in args.pairs):
-        return "-p takes name=value, such as -p rank=8"
-    for option, owner in (("task", "check"), ("to", "export"), ("quantize", "export"),
-                          ("out", "export"), ("base", "doctor"), ("convert", "doctor")):
-        if getattr(args, option) is not None and command != owner:
-            return f"--{option} belongs to {owner}"
-    return "check needs --task, such as --task sql" if command == "check" and not args.task else ""
+        parser.error("-p takes name=value, such as -p rank=8")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        if args.words == ["list"]:
-            return show_jobs(args)
-        if args.words == ["status"]:
-            return show_status(args)
-        command = {"check": check_rows, "export": export_adapter,
-                   "doctor": examine_adapter}.get(args.words[0])
-        return command(args, args.words[1]) if command else run(args, *args.words)
+        return COMMANDS[args.command](args) or 0
     except WorkbookError as error:
         print(error, file=sys.stderr)
         return 2

@@ -381,7 +381,7 @@ def test_the_command_judges_and_converts(zoo, tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["doctor"], "doctor takes one path"), (["export", "x", "--to", "gguf", "--base", "y"], "--base belongs to doctor"),
+    (["doctor"], "arguments are required: adapter"), (["export", "x", "--to", "gguf", "--base", "y"], "unrecognized arguments: --base"),
     (["doctor", "/nowhere"], "There is no adapter folder /nowhere"), (["doctor", "helpers"], "has no adapter_config.json")])
 def test_the_command_refuses_in_a_sentence(words, said, capsys):
     from helpers import jobs

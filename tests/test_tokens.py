@@ -185,7 +185,7 @@ def test_the_command_prints_the_preflight_alone(jobs, tmp_path):
     for arguments, said in ((("check", path), "--task"), (("check", path, "--task", "sqk"), "did you mean sql"),
                             (("check", path, "--task", "sql", "-p", "rank=8"), "check has no parameter 'rank'"),
                             (("check", tmp_path / "none.jsonl", "--task", "sql"), "not an existing file"),
-                            (("run", "sql", "--task", "sql"), "--task belongs to check")):
+                            (("run", "sql", "--task", "sql"), "unrecognized arguments: --task")):
         done = jobs(*arguments)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
