@@ -221,18 +221,14 @@ def test_a_base_model_is_found_or_refused(name):
         a_sentence(error)
 
 
-STATUS = {"job": "sql", "state": "running", "error": None, "attempts": 1, "parameters": {}, "pid": 1, "pid_created": 1.0,
-          "host": "x", "created": "2026-01-01T00:00:00+00:00", "started": "2026-01-01T00:00:00+00:00", "ended": None,
-          "seconds": None}
-ODD = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just([]) | st.just({"a": 1})
+STATUS = json.dumps({"job": "sql", "state": "failed", "error": None, "attempts": 1, "parameters": {}, "pid": 1, "pid_created": 1.0,
+                     "host": "x", "created": "2026-01-01T00:00:00+00:00", "started": "2026-01-01T00:00:00+00:00",
+                     "ended": "2026-01-01T00:00:09+00:00", "seconds": 9.0}).encode()
 
 
-@given(content=st.binary(max_size=40) | st.dictionaries(st.sampled_from(sorted(STATUS)), ODD, max_size=3).map(
-    lambda changes: json.dumps(STATUS | changes).encode()))
-@example(content=json.dumps(STATUS | {"started": 3}).encode())
-@example(content=json.dumps(STATUS | {"state": ["running"]}).encode())
-@example(content=json.dumps(STATUS | {"started": "2026-01-01T00:00:00"}).encode())  # of no time zone
-def test_any_status_file_is_shown_or_named(content, tmp_path, capsys):
+@given(content=st.binary(max_size=40) | st.integers(0, len(STATUS)).map(lambda end: STATUS[:end]))
+@example(content=STATUS)
+def test_a_status_file_that_was_cut_off_is_named(content, tmp_path, capsys):
     (tmp_path / "sql-1").mkdir(exist_ok=True)
     (tmp_path / "sql-1" / "status.json").write_bytes(content)
     for words in (["status"], ["run", "sql", "--resume", "sql-1", "--dry-run"]):
