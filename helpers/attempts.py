@@ -1,8 +1,4 @@
-"""One attempt at a run: papermill executes the notebook in a kernel of its own.
-
-A run has succeeded only if every code cell ran without an error and metrics.json is there; to
-papermill a notebook that exit() ended halfway is a success.
-"""
+"""One attempt at a run: papermill executes the notebook in a kernel of its own."""
 
 import contextlib
 import logging
@@ -13,7 +9,6 @@ import socket
 import tempfile
 import textwrap
 import traceback
-from pathlib import Path
 
 import papermill
 import psutil
@@ -23,13 +18,12 @@ from jupyter_client import AsyncKernelManager, kernelspec
 from helpers import METRICS, ROOT, WorkbookError, read_json, runs
 
 SCRATCH = "workbook-job-"  # begins the name of a run's temporary folder
-MARKER = "WORKBOOK_RUN_DIR"  # in the environment of a run's kernel, and so of all that it starts
 logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it warns about is checked here
 
 
 def execute(plan) -> dict:
-    """Run a helpers.jobs.Plan to its end; returns the final status, which is on the disk by then,
-    with the training's warnings. Raises WorkbookError if another process runs it, and OSError."""
+    """Run a helpers.jobs.Plan to its end; returns the final status, which is on the disk by then.
+    Raises WorkbookError if another process runs it, and OSError."""
     run_dir, received = plan.run_dir, catch_signals()
     run_dir.mkdir(parents=True, exist_ok=plan.status is not None)
     try:
@@ -52,9 +46,9 @@ def execute(plan) -> dict:
 
 
 def catch_signals() -> list[str]:
-    """The names of the signals that this process gets from now on. The first SIGINT, SIGTERM or
-    SIGHUP raises KeyboardInterrupt: the kernel then has seconds to end in good order. Later ones
-    change nothing. Those that the caller ignores (nohup) stay ignored."""
+    """The names of the signals that this process gets from now on. The first raises
+    KeyboardInterrupt, so the kernel ends in good order; later ones change nothing. Those that the
+    caller ignores (nohup) stay ignored."""
     received = []
 
     def handle(number, _frame):
@@ -70,7 +64,6 @@ def catch_signals() -> list[str]:
 
 def begin(plan) -> dict:
     """Clear away the attempt before this one; write the status of this one and return it."""
-    stop_processes(plan.run_dir)  # workers that outlived their kernel would write into this run
     (plan.run_dir / METRICS).unlink(missing_ok=True)
     status = plan.status or {"created": runs.now(), "attempts": 0}
     status |= {
@@ -83,19 +76,12 @@ def begin(plan) -> dict:
     return runs.write_status(plan.run_dir, status | {"state": "running"})
 
 
-def stop_processes(run_dir: Path) -> None:
-    """Kill the kernel of a run and all that it started, workers in sessions of their own too."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # gone meanwhile, or another user's
-            if process.pid != os.getpid() and process.environ().get(MARKER) == str(run_dir):
-                process.kill()
-
-
 class JobKernel(AsyncKernelManager):
     """A kernel of this interpreter, whatever kernels the user has installed. Its sockets are files
-    in a temporary folder, as ports can collide."""
+    in a temporary folder, as ports can collide. papermill takes a class: each attempt has its own.
+    """
 
-    attempt = None  # papermill takes a class: each attempt has a subclass that knows it
+    attempt = None
 
     async def start_kernel(self, **options):
         attempt = self.attempt
@@ -108,8 +94,8 @@ class JobKernel(AsyncKernelManager):
 
 
 class Attempt:
-    """One execution of a plan's notebook. cell: the number of the code cell that runs; kernel: the
-    kernel's process. papermill writes what the notebook prints to it, as to a file."""
+    """One execution of a plan's notebook, and the file to which papermill writes what it prints.
+    cell: the number of the code cell that runs; kernel: the kernel's process."""
 
     def __init__(self, plan):
         self.plan, self.cell = plan, 0
@@ -133,15 +119,13 @@ class Attempt:
             except Exception:
                 self.log.write(traceback.format_exc())
                 raise
-            finally:
-                stop_processes(run_dir)
 
     def environment(self) -> dict[str, str]:
         """Of the kernel and all that it starts."""
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         workers = self.plan.parameters.get("workers", os.environ.get("NUM_GPU_WORKERS", 1))
         return os.environ | {
-            MARKER: str(self.plan.run_dir), "WORKBOOK_COMMAND": self.plan.command(),
+            "WORKBOOK_RUN_DIR": str(self.plan.run_dir), "WORKBOOK_COMMAND": self.plan.command(),
             "NUM_GPU_WORKERS": str(workers), "PYTHONPATH": path, "IPYTHONDIR": self.scratch,
             "JUPYTER_RUNTIME_DIR": self.scratch, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
@@ -160,8 +144,8 @@ class Attempt:
         self.write(f"[code cell {self.cell}] {cell.source.strip().splitlines()[0]}\n")
 
     def check(self, notebook) -> str | None:
-        """Raises WorkbookError unless every code cell ran and the metrics are there; returns the
-        warnings in them."""
+        """The warnings in the metrics. Raises WorkbookError unless these are there and every code
+        cell ran: to papermill a notebook that exit() ended halfway is a success."""
         counts = [cell.execution_count for cell in notebook.cells
                   if cell.cell_type == "code" and cell.source.strip()]
         if None in counts:

@@ -61,7 +61,7 @@ def lives(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 note = pathlib.Path(run_dir, 'worker')
 old = note.exists() and lives(int(note.read_text()))
-child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)
+child = subprocess.Popen([sys.executable, '-c', 'import sys; sys.stdin.read()'], stdin=subprocess.PIPE, start_new_session=True)
 if resume:
     print('resumed', rank, 'beside the old worker' if old else 'alone', flush=True)
 else:
@@ -160,7 +160,7 @@ def start(*arguments, **more) -> subprocess.Popen:
 
 
 def start_worker(command) -> tuple[subprocess.Popen, list[int]]:
-    """A run that has got to its endless cell, with the pids of its kernel and of a worker in a session of its own."""
+    """A run that has got to its endless cell, with the pids of its kernel and of a worker that ends as launchers do."""
     process = start("worker", "-p", "rank=8", *command)
     pids = next(line for line in process.stdout if line.startswith("pids"))
     return process, [int(word) for word in pids.split()[1:]]
@@ -418,7 +418,7 @@ def test_a_stopped_run_is_interrupted_and_leaves_no_process(options, command, na
 
 
 def test_a_killed_run_is_told_and_resumed_in_its_folder(options, command, capfd):
-    """SIGKILL leaves a status that says running, a lock file and a worker in a session of its own."""
+    """SIGKILL leaves a status that says running, and a lock file."""
     process, pids = start_worker(command)
     process.kill()
     process.communicate()
@@ -433,7 +433,6 @@ def test_a_killed_run_is_told_and_resumed_in_its_folder(options, command, capfd)
         run_job("worker", {"rank": "16"}, resume=True, **options)
     with FileLock(path.parent / ".lock"), pytest.raises(WorkbookError, match="is being run by another process"):
         run_job("worker", resume=True, **options)
-    assert psutil.pid_exists(pids[1])
     status = run_job("worker", {"rank": "8"}, resume=True, **options)
     assert (status["id"], status["state"], status["attempts"]) == (path.parent.name, "succeeded", 2)
     assert "resumed 8 alone\n" in capfd.readouterr().out
