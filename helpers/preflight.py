@@ -3,7 +3,6 @@
 Nothing here changes a row; `data.load_rows` refuses rows that make training impossible.
 """
 
-import unicodedata
 from collections import defaultdict
 
 from helpers import base_models
@@ -11,7 +10,6 @@ from helpers.data import encode, load_splits, prompt_ids, words
 from helpers.recipes import FineTuneConfig
 from helpers.tasks import Task, get_task
 
-ENGLISH_JUDGES = {"detox": "style, similarity and fluency"}  # metrics by task
 FINDINGS = {
     "duplicates": "Training rows that repeat another one, and so count twice",
     "contradicted": "Training prompts that have several different targets",
@@ -19,7 +17,6 @@ FINDINGS = {
     "too_long": "Training rows longer than max_length={max_length} tokens, which are left out",
     "cut_targets": "Targets longer than max_new_tokens={max_new_tokens}, which no answer can equal",
     "special": "Rows that hold the text of a special token, which is encoded as plain text",
-    "other_script": "Rows mostly not in Latin script; the judges of {judges} read English",
 }
 
 
@@ -29,8 +26,7 @@ def preflight(task: Task, train: list[dict], validation: list[dict], tokenizer,
 
     Returns "train" and "validation" (rows), "tokens" (of the training rows that fit into
     `max_length`), "scored_tokens" (of their completions, end-of-text tokens included), and the
-    counts of FINDINGS. Prompts are compared by their words, in any letter case. A script is seen,
-    a language is not: German rows count as readable.
+    counts of FINDINGS. Prompts are compared by their words, in any letter case.
     """
     counts = {"train": len(train), "validation": len(validation), "tokens": 0, "scored_tokens": 0,
               **dict.fromkeys(FINDINGS, 0)}
@@ -41,7 +37,6 @@ def preflight(task: Task, train: list[dict], validation: list[dict], tokenizer,
         scored = len(encode(tokenizer, [], target)["input_ids"])
         counts["cut_targets"] += scored > task.max_new_tokens
         counts["special"] += any(token in prompt + target for token in special)
-        counts["other_script"] += task.name in ENGLISH_JUDGES and _mostly_not_latin(prompt + target)
         if number >= len(train):
             counts["leaked"] += words(prompt) in targets
             continue
@@ -56,21 +51,14 @@ def preflight(task: Task, train: list[dict], validation: list[dict], tokenizer,
     return counts
 
 
-def _mostly_not_latin(text: str) -> bool:
-    letters = [letter for letter in text if letter.isalpha()]
-    latin = sum("LATIN" in unicodedata.name(letter, "") for letter in letters)
-    return latin < len(letters) / 2
-
-
 def describe(counts: dict[str, int], task: Task, max_length: int) -> list[str]:
     """`preflight`'s counts as lines for a person: the sizes, then a line for each finding."""
     lines = ["{train:,} training rows, {validation:,} validation rows; {tokens:,} tokens to train "
              "on, {scored_tokens:,} of them scored.".format(**counts)]
-    facts = {"max_length": max_length, "max_new_tokens": task.max_new_tokens,
-             "judges": ENGLISH_JUDGES.get(task.name, "")}
+    limits = {"max_length": max_length, "max_new_tokens": task.max_new_tokens}
     for name, sentence in FINDINGS.items():
         if counts[name]:
-            lines.append(f"{sentence.format(**facts)}: {counts[name]:,}.")
+            lines.append(f"{sentence.format(**limits)}: {counts[name]:,}.")
     if len(lines) == 1:
         lines.append("No duplicates, no contradictions, no leaks between the splits, no row too "
                      "long, no special tokens.")

@@ -164,13 +164,13 @@ def test_preflight_counts_what_is_wrong_with_rows():
     validation = [{"toxic": "YOU FOOL", "neutral": "You."}, {"toxic": "new", "neutral": "new"}]
     counts = preflight.preflight(task, train, validation, tokenizer, 100)
     expected = {"train": 6, "validation": 2, "duplicates": 1, "contradicted": 1, "leaked": 1, "too_long": 1,
-                "cut_targets": 1, "special": 0, "other_script": 1}
+                "cut_targets": 1, "special": 0}
     assert {name: counts[name] for name in expected} == expected
     kept = data.encode_rows(tokenizer, task, train, 100)[0]
     assert counts["tokens"] == sum(len(row["input_ids"]) for row in kept)
     assert counts["scored_tokens"] == sum(label != -100 for row in kept for label in row["labels"])
     lines = preflight.describe(counts, task, 100)
-    assert len(lines) == 7 and any("flatters: 1." in line for line in lines)
+    assert len(lines) == 6 and any("flatters: 1." in line for line in lines)
     clean = preflight.preflight(task, train[:1], validation[1:], tokenizer, 100)
     assert preflight.describe(clean, task, 100)[1].startswith("No duplicates")
 
