@@ -39,7 +39,7 @@ def closest(name: object, names: Collection[str]) -> str:
     return f"did you mean {near[0]} ({known})?" if near else f"{known}."
 
 
-def check_numbers(settings, bounds: tuple[tuple[str, float, float], ...]) -> None:
+def check_numbers(settings, bounds: Collection[tuple[str, float, float]]) -> None:
     """Raise WorkbookError for the first attribute of `settings` that is no number in its bounds:
     (attribute, lowest, highest), both included."""
     for name, low, high in bounds:

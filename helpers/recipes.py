@@ -13,25 +13,16 @@ from helpers.registry import EMBEDDED, resolve
 from helpers.tasks import get_task
 from helpers.workers import read_place
 
-# A preset is what the parameters left at None become. `reference` is the recipe of the demo that
-# this workbook grew from: every token is scored, documents are packed end to end at 1,024 tokens,
-# and the last step's adapter is kept.
+# What a preset changes of FineTuneConfig's defaults. `reference` is the recipe of the demo that
+# this workbook grew from: every token is scored, documents are packed end to end, and the last
+# step's adapter is kept.
 PRESETS: dict[str, dict] = {
-    "default": dict(
-        precision="4bit", rank=16, alpha=32, dropout=0.0, learning_rate=2e-3, schedule="cosine",
-        epochs=1.0, max_rows=640, data_fraction=1.0, batch_size=8, gradient_accumulation=1,
-        max_length=512, packing="none", optimizer="adamw_torch", completion_only=True,
-        validation_rows=32),
-    "full_data": dict(
-        precision="full", rank=8, alpha=16, dropout=0.0, learning_rate=2e-3, schedule="cosine",
-        epochs=4.0, max_rows=-1, data_fraction=1.0, batch_size=32, gradient_accumulation=1,
-        max_length=1024, packing="documents", optimizer="adamw_torch", completion_only=True,
-        validation_rows=32),
-    "reference": dict(
-        precision="4bit", rank=16, alpha=32, dropout=0.05, learning_rate=2e-4, schedule="constant",
-        epochs=1.0, max_rows=-1, data_fraction=1.0, batch_size=1, gradient_accumulation=4,
-        max_length=1024, packing="wrapped", optimizer="paged_adamw_32bit", completion_only=False,
-        validation_rows=0),
+    "default": {},
+    "full_data": dict(precision="full", rank=8, alpha=16, epochs=4.0, max_rows=-1, batch_size=32,
+                      max_length=1024, packing="documents"),
+    "reference": dict(dropout=0.05, learning_rate=2e-4, schedule="constant", max_rows=-1,
+                      batch_size=1, gradient_accumulation=4, max_length=1024, packing="wrapped",
+                      optimizer="paged_adamw_32bit", completion_only=False, validation_rows=0),
 }
 REFERENCE_TASKS = {"instruct": dict(data_fraction=0.3), "sql": dict(epochs=2.0),
                    "detox": dict(epochs=4.0)}
@@ -39,8 +30,9 @@ BOUNDS = (("rank", 1, 1024), ("alpha", 1, 4096), ("dropout", 0.0, 0.9),
           ("learning_rate", 1e-8, 1.0), ("epochs", 1e-6, 10_000), ("data_fraction", 1e-9, 1.0),
           ("batch_size", 1, 65_536), ("gradient_accumulation", 1, 65_536),
           ("max_length", 8, 131_072), ("checkpoint_steps", 1, 10**9), ("seed", 0, 2**32 - 1),
-          ("validation_rows", 0, 10**6))
-CHOICES = {"precision": ("4bit", "full"), "schedule": ("cosine", "constant", "linear"),
+          ("validation_rows", 0, 10**6), ("max_steps", 1, 10**9), ("patience", 1, 10**9))
+CHOICES = {"preset": tuple(PRESETS), "precision": ("4bit", "full"),
+           "schedule": ("cosine", "constant", "linear"),
            "optimizer": ("adamw_torch", "paged_adamw_32bit"),
            "packing": ("none", "documents", "wrapped")}
 MAY_BE_NONE = ("target_modules", "max_steps", "patience")
@@ -48,7 +40,8 @@ MAY_BE_NONE = ("target_modules", "max_steps", "patience")
 
 @dataclass(frozen=True)
 class FineTuneConfig:
-    """A run's whole recipe, checked when it is made. `from_parameters` fills in a preset first.
+    """A run's whole recipe, checked when it is made. The defaults are those of preset "default";
+    `from_parameters` fills in another one.
 
     precision: of the base weights, "4bit" (NF4, QLoRA) or "full".
     rank, alpha: the update of a layer is alpha / rank * B @ A (LoRA, arXiv:2106.09685, section
@@ -73,24 +66,24 @@ class FineTuneConfig:
     base_model: str = EMBEDDED
     data: str = "practice"
     preset: str = "default"
-    precision: str = None
-    rank: int = None
-    alpha: int = None
-    dropout: float = None
+    precision: str = "4bit"
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
     target_modules: str = None
-    learning_rate: float = None
-    schedule: str = None
-    epochs: float = None
+    learning_rate: float = 2e-3
+    schedule: str = "cosine"
+    epochs: float = 1.0
     max_steps: int = None
-    max_rows: int = None
-    data_fraction: float = None
-    batch_size: int = None
-    gradient_accumulation: int = None
-    max_length: int = None
-    packing: str = None
-    optimizer: str = None
-    completion_only: bool = None
-    validation_rows: int = None
+    max_rows: int = 640
+    data_fraction: float = 1.0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_length: int = 512
+    packing: str = "none"
+    optimizer: str = "adamw_torch"
+    completion_only: bool = True
+    validation_rows: int = 32
     patience: int = None
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -100,7 +93,7 @@ class FineTuneConfig:
 
     @classmethod
     def from_parameters(cls, **parameters) -> FineTuneConfig:
-        """A complete config: parameters that are None or absent take the preset's value."""
+        """The config in which parameters that are None or absent are as the preset says."""
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in parameters:
             if name not in fields:
@@ -108,29 +101,21 @@ class FineTuneConfig:
                                     f"{closest(name, fields)}")
         task = get_task(parameters.get("task", ""))
         preset = parameters.get("preset") or "default"
-        if preset not in tuple(PRESETS):  # a list has no hash
-            raise WorkbookError(f"preset {preset!r} is unknown; {closest(preset, PRESETS)}")
         of_task = REFERENCE_TASKS.get(task.name, {}) if preset == "reference" else {}
         given = {name: value for name, value in parameters.items() if value is not None}
-        return cls(**{**PRESETS[preset], **of_task, **given, "preset": preset})
+        return cls(**{**PRESETS.get(str(preset), {}), **of_task, **given, "preset": preset})
 
     def __post_init__(self):
         self._check_types()
         get_task(self.task)
         resolve(self.base_model)
-        check_numbers(self, BOUNDS)
+        check_numbers(self, [one for one in BOUNDS if getattr(self, one[0]) is not None])
         if self.max_rows < 1 and self.max_rows != -1:
             raise WorkbookError(f"max_rows is {self.max_rows}: it must be at least 1, or -1 for "
                                 "all rows.")
-        for name, until in (("max_steps", "for the epochs"), ("patience", "to the last step")):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WorkbookError(f"{name} is {value}: it must be at least 1; leave it out to "
-                                    f"train {until}.")
         if self.patience and not self.validation_rows:
-            raise WorkbookError(f"patience is {self.patience}, but validation_rows is 0, so there "
-                                "is no loss to wait for: raise validation_rows or leave patience "
-                                "out.")
+            raise WorkbookError(f"patience is {self.patience}, and validation_rows is 0: raise "
+                                "validation_rows or leave patience out.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise WorkbookError(f"{name} is {getattr(self, name)!r}: use "
@@ -148,10 +133,8 @@ class FineTuneConfig:
 
 
 def check_parameters(parameters: dict) -> dict:
-    """What the job checks before a kernel starts: notebook 04's parameters make a valid config.
-
-    Returns the whole config: what the parameters left at None stand for.
-    """
+    """What the job checks before a kernel starts: notebook 04's parameters make a valid config,
+    which is returned."""
     names = {field.name for field in dataclasses.fields(FineTuneConfig)}
     config = FineTuneConfig.from_parameters(
         **{name: value for name, value in parameters.items() if name in names})

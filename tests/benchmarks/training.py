@@ -75,13 +75,13 @@ def stock(arguments, rows, folder, precision="4bit", plain_attention=False, pack
     settings = {"per_device_train_batch_size": arguments.rows, "learning_rate": 2e-4, **settings}
     config = SFTConfig(output_dir=str(folder), max_steps=arguments.steps, report_to="none", disable_tqdm=True,
                        save_strategy="no", use_cpu=not cuda, bf16=cuda, logging_steps=1, **settings)
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=settings_of(arguments)["dropout"], task_type="CAUSAL_LM",
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=recipe_of(arguments).dropout, task_type="CAUSAL_LM",
                       target_modules=base_models.lora_target_modules(model))
     return SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
 
 
-def settings_of(arguments) -> dict:
-    return recipes.PRESETS["reference" if arguments.suite == "bloom" else "default"]
+def recipe_of(arguments) -> recipes.FineTuneConfig:
+    return recipes.FineTuneConfig.from_parameters(task="sql", preset="reference" if arguments.suite == "bloom" else "default")
 
 
 def transformers_own(name: str, precision: str):
