@@ -29,13 +29,12 @@ def completion_loss(model, inputs: dict, count=None, summed=None) -> torch.Tenso
     """Cross-entropy over the scored places, computing the output head only there.
 
     The head takes a quarter of a small model's arithmetic, and its logits (places x vocabulary)
-    take most of the memory. A prompt's places need neither. A hook in front of the head drops them
-    inside the model's own forward, so it works for every architecture and under
-    DistributedDataParallel.
+    most of the memory. A hook in front of it drops the other places inside the model's own forward:
+    that works for every architecture and under DistributedDataParallel.
 
     inputs: a batch of data.Collator or fast.packing.PackedCollator, which has found the places.
-    count: what the sum is divided by (default: the scored places here). summed: the function that
-    sums the cross-entropy (default: `summed_cross_entropy`).
+    count: what the sum is divided by (default: the scored places here). summed: sums the
+    cross-entropy (default: `summed_cross_entropy`).
     """
     if "targets" in inputs:
         places, targets = inputs.get("places", slice(None)), inputs["targets"]
@@ -98,11 +97,8 @@ class LengthSampler(TrainerCallback):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate does not call set_epoch where it both skips batches (a resume) and shards.
-        self.set_epoch(int(state.epoch or 0))
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        # accelerate calls no set_epoch where it both skips batches (a resume) and shards.
+        self.epoch = int(state.epoch or 0)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -154,21 +150,18 @@ class CompletionTrainer(SFTTrainer):
         return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.bfloat16):
             loss = completion_loss(model, inputs, num_items_in_batch, self.summed)
         # num_items_in_batch counts the tokens of all workers; gradients are averaged over workers.
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
         """The mean loss over the scored tokens of the validation rows, shared among the workers.
 
-        It changes nothing in the training. transformers' own loop would: its data loader draws a
-        random number, so dropout would differ. Blocks that are compiled run as they are written,
-        or they would be compiled again for the padded rows here.
+        transformers' own loop draws a random number, so the dropout after it would differ. Compiled
+        blocks run as they are written, or they would be compiled again for the padded rows here.
         """
         rows = sorted(self.eval_dataset, key=lambda row: len(row["input_ids"]))
         size, collate = self.args.train_batch_size, Collator(self.processing_class.pad_token_id)
@@ -215,28 +208,23 @@ class Progress(TrainerCallback):
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.begin
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        # Divergence is looked for at logged steps: at every step it would wait for the GPU. In
-        # float16 a gradient that overflows is ordinary, and its step is skipped.
+    def on_log(self, args, state, control, logs, **kwargs):
+        # At every step this would wait for the GPU. In float16 an overflowing gradient is ordinary.
         for name in ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",))):
-            if not math.isfinite((logs or {}).get(name, 0.0)):
+            if not math.isfinite(logs.get(name, 0.0)):
                 raise WorkbookError(f"Training has diverged: at step {state.global_step} the "
                                     f"{name} is {logs[name]}. Lower learning_rate (now "
-                                    f"{args.learning_rate:g}); if it is so from the first steps "
-                                    "on, the base model's weights may not be finite.")
-        now = time.perf_counter()
-        if "eval_loss" in (logs or {}) and state.is_world_process_zero:
-            print(f"step {state.global_step:>5}/{state.max_steps}   validation loss "
-                  f"{logs['eval_loss']:.3f}", flush=True)
-        if "loss" not in (logs or {}) or not state.is_world_process_zero:
+                                    f"{args.learning_rate:g}).")
+        if not state.is_world_process_zero:
             return
-        if now - self.shown < 10 and state.global_step < state.max_steps:
-            return
-        self.shown = now
-        a_step = (now - self.begin) / (state.global_step - self.first_step)
-        minutes = a_step * (state.max_steps - state.global_step) / 60
-        print(f"step {state.global_step:>5}/{state.max_steps}   loss {logs['loss']:.3f}   "
-              f"{minutes:.1f} min left", flush=True)
+        now, left = time.perf_counter(), state.max_steps - state.global_step
+        where = f"step {state.global_step:>5}/{state.max_steps}"
+        if "eval_loss" in logs:
+            print(f"{where}   validation loss {logs['eval_loss']:.3f}", flush=True)
+        elif "loss" in logs and (now - self.shown >= 10 or not left):
+            self.shown = now
+            minutes = left * (now - self.begin) / (state.global_step - self.first_step) / 60
+            print(f"{where}   loss {logs['loss']:.3f}   {minutes:.1f} min left", flush=True)
 
     def on_save(self, args, state, control, **kwargs):
         if distributed.is_initialized():  # a checkpoint holds every rank's random state

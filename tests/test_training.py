@@ -328,7 +328,7 @@ def test_every_epoch_has_its_own_order_and_every_row_once():
     sampler = trainer.LengthSampler(lengths, 8, seed=1)
     first, again = list(sampler), list(sampler)
     assert first == again and sorted(first) == list(range(1003))
-    sampler.set_epoch(1)
+    sampler.epoch = 1
     assert list(sampler) != first
     batches = [first[i:i + 8] for i in range(0, 1000, 8)]
     waste = sum(8 * max(lengths[i] for i in b) - sum(lengths[i] for i in b) for b in batches) / sum(lengths)

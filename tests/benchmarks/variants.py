@@ -110,7 +110,7 @@ def train(model, rows: list[dict], case: dict) -> None:
             schedule.step()
             optimizer.zero_grad()
             step += 1
-        sampler.set_epoch(sampler.epoch + 1)
+        sampler.epoch += 1
 
 
 def batch_loss(model, rows: list[dict], count=None) -> torch.Tensor:
