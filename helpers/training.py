@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -37,12 +36,11 @@ SETTINGS = "config.json"  # in a run's folder: its recipe, number of workers, va
 
 def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Path,
           resume: bool = False, validation: list[dict] = ()) -> dict:
-    """Train an adapter on a loaded base model and save it in ``run_dir/trained``.
+    """Train an adapter on a loaded base model and save it in ``run_dir/trained``, beside the run's
+    record, which is returned. The base model is given back without LoRA.
 
-    The loss is the mean cross-entropy over the scored tokens of the whole batch. The base model
-    is given back without LoRA. validation: rows whose loss chooses the checkpoint that is saved
-    (none: the last). resume: go on from the newest complete checkpoint of `run_dir`, with its rows.
-    Returns the run's record, on every worker; rank 0 writes it beside the adapter, as metrics.json.
+    validation: rows whose loss chooses the checkpoint that is saved (none: the last).
+    resume: go on from the newest complete checkpoint of `run_dir`, with its rows.
     Raises WorkbookError for bad data, a full disk, too little memory, or a folder of another run.
     """
     run_dir = Path(run_dir)
@@ -55,21 +53,19 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     checkpoint, trainer = last_checkpoint(run_dir / "checkpoints"), None
     try:
         trainer = make_trainer(config, model, tokenizer, encoded, run_dir, watched)
-        if is_main():
+        if trainer.is_world_process_zero():
             _say_what_begins(config, rows, len(encoded), trainer, checkpoint)
         with disk_errors(run_dir, "a checkpoint"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result = training_record(config, trainer, rows, len(encoded))
-        if is_main():
+        if trainer.is_world_process_zero():
             for warning in result["warnings"]:
                 print(f"Warning: {warning}", flush=True)
             with disk_errors(run_dir, "the adapter"):
                 save_trained(trainer.accelerator.unwrap_model(trainer.model), result, run_dir)
     except torch.OutOfMemoryError as error:
         raise WorkbookError(f"The GPU's memory is too small for batch_size={config.batch_size} and "
-                            f"max_length={config.max_length}: lower batch_size (and raise "
-                            "gradient_accumulation by the same factor), or lower max_length."
-                            ) from error
+                            f"max_length={config.max_length}: lower one of them.") from error
     finally:  # the caller gets its model back
         if config.compile:
             recorded.undo_compile(model)
@@ -79,8 +75,7 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
 
 
 def check_fits(config: FineTuneConfig, model) -> list[str]:
-    """The names of the linear layers that get an adapter. Raises WorkbookError for a recipe that
-    this base model cannot follow."""
+    """`target_modules`. Raises WorkbookError for a recipe that this base model cannot follow."""
     limit = probe.most_tokens(model) or config.max_length
     if config.max_length > limit:
         raise WorkbookError(f"max_length is {config.max_length} tokens, and {config.base_model} "
@@ -106,11 +101,8 @@ def target_modules(config: FineTuneConfig, model) -> list[str]:
 
 def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, workers_on: str = "",
                      resume: bool = False, validation: list[dict] = ()) -> dict:
-    """`train` in a group of processes, here or where `workers_on` says (workers.read_place).
-
-    Each worker loads rows and base model for itself, and finds the validation rows in the run's
-    folder. Returns the run's record. Raises WorkbookError as `train` and `workers.launch` do.
-    """
+    """`train` in a group of processes, here or where `workers_on` says (workers.read_place). Each
+    loads rows and base model for itself. Raises WorkbookError as `train` and `launch` do."""
     run_dir = Path(run_dir).resolve()
     _open_run(config, run_dir, workers, resume, validation)
     base_models.fetch(config.base_model)  # once, before several workers ask for it
@@ -137,26 +129,14 @@ def load_inputs(config: FineTuneConfig):
 
 
 def world_size() -> int:
-    """How many workers train. Raises WorkbookError if WORLD_SIZE says more than one, but this
-    process is in no group."""
-    if distributed.is_initialized():
-        return distributed.get_world_size()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise WorkbookError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but "
-                            "this process is in no group of workers: unset RANK and WORLD_SIZE, "
-                            "or start the workers with --workers.")
-    return 1
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0, the one that prints and saves."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    """How many workers train."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool,
               validation: list[dict]) -> list[dict]:
-    """Record recipe and validation rows in a new run's folder; refuse another run's folder, or
-    another recipe. Returns the validation rows that the run began with."""
+    """Record recipe and validation rows in a new run's folder; on a resume compare the recipe.
+    Returns the validation rows that the run began with. Raises WorkbookError."""
     rows_file = data.source_file(config.task, config.data)
     settings = {**dataclasses.asdict(config), "workers": workers,
                 "base_revision": base_models.revision_of(config.base_model),
@@ -204,12 +184,8 @@ def _say_what_begins(config, rows, used: int, trainer, checkpoint) -> None:
 
 def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], run_dir: Path,
                  validation: list[dict] = ()) -> CompletionTrainer:
-    """The base model with a fresh LoRA adapter inside TRL's trainer.
-
-    Where it differs from TRL's defaults: rows come tokenized by `data.encode_rows`, so training
-    sees the prompt tokens that generation will; gradient checkpointing is off unless asked for;
-    rows of like length share a batch; and the output head only computes the places that are scored.
-    """
+    """The base model with a fresh LoRA adapter inside TRL's trainer. encoded, validation: rows of
+    `data.encode_rows`, so training sees the prompt tokens that generation will."""
     packed = config.packing != "none"
     dataset = make_dataset(config, encoded)
     collator = data.Collator(tokenizer.pad_token_id)
@@ -305,21 +281,18 @@ def _arguments(config: FineTuneConfig, rows: int, run_dir: Path, evaluated: bool
 
 @record  # a worker's error is kept for its launcher
 def main(run_dir: str) -> None:
-    """One worker of a group: train with the recipe that `train_on_workers` left in the run's
-    folder."""
+    """One worker of a group: train with the recipe that `train_on_workers` left in `run_dir`."""
     known = Path(run_dir) / SETTINGS
     if not known.is_file():
         raise WorkbookError(f"The run folder {run_dir} is not on this host: workers of several "
                             "hosts need the project and its runs on a file system that all of them "
                             "share, under the same path.")
     settings = read_json(known)
-    definition = {name: tuple(value) if isinstance(value, list) else value
-                  for name, value in settings["task_definition"].items()}
-    register(Task(**definition))  # a worker does not know a task that the notebook registered
+    register(Task(**settings["task_definition"]))  # it may be one that the notebook registered
     fields = [field.name for field in dataclasses.fields(FineTuneConfig)]
     config = FineTuneConfig(**{name: settings[name] for name in fields})
     inputs = load_inputs(config)  # before the group forms: it waits long for a slow disk or network
-    with group(settings["workers"], {"run settings": str(config)}):
+    with group(settings["workers"]):
         # resume: `train_on_workers` has opened the folder, and there may be checkpoints.
         train(config, *inputs, Path(run_dir), resume=True)
 

@@ -4,9 +4,6 @@
 """
 
 import contextlib
-import hashlib
-import importlib.metadata
-import json
 import os
 import re
 import signal
@@ -25,8 +22,8 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from helpers import ROOT, WorkbookError, write_json
-from helpers.workers import GROUP_SECONDS, JOIN_SECONDS
+from helpers import WorkbookError, write_json
+from helpers.workers import END_WITH_STDIN, GROUP_SECONDS, JOIN_SECONDS
 
 # An error that says this is a consequence: its cause is in another worker.
 BROKEN = r"Connection (closed|reset|refused)|Broken pipe|[Gg]loo|NCCL|Dist\w+Error|been heard of"
@@ -34,12 +31,11 @@ HOST = os.environ.get("WORKBOOK_HOST") or socket.gethostname()
 
 
 @contextlib.contextmanager
-def group(asked: int, facts: dict[str, str] | None = None):
+def group(asked: int):
     """Join a group of `asked` workers for the block, in which torch.distributed is initialised.
 
-    facts: what must be equal on all workers, beside `versions`. Raises WorkbookError if
-    another number of workers started, if this worker differs from rank 0, or after GROUP_SECONDS
-    of waiting for another (on GPUs NCCL's watchdog aborts the process then).
+    Raises WorkbookError if another number of workers started, or after GROUP_SECONDS of waiting
+    for another (on GPUs NCCL's watchdog aborts the process then).
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world != asked:
@@ -48,15 +44,15 @@ def group(asked: int, facts: dict[str, str] | None = None):
     if world == 1:
         yield
         return
-    threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    end_with_stdin()
     device = None
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     file = os.environ.get("WORKBOOK_STORE")  # torch's own store would listen to the network
     store = dist.FileStore(file, world) if file else next(dist.rendezvous("env://"))[0]
-    store.set_timeout(timedelta(seconds=JOIN_SECONDS))
-    _compare(store, rank, world, versions() | (facts or {}))
+    store.set(f"joined/{rank}", "")  # one that loads slowly has longer to come than to answer
+    store.wait([f"joined/{other}" for other in range(world)], timedelta(seconds=JOIN_SECONDS))
     dist.init_process_group("nccl" if device else "gloo", store=dist.PrefixStore("group", store),
                             rank=rank, world_size=world, device_id=device,
                             timeout=timedelta(seconds=GROUP_SECONDS))
@@ -73,15 +69,15 @@ def group(asked: int, facts: dict[str, str] | None = None):
     dist.destroy_process_group()
 
 
-def versions() -> dict[str, str]:
-    """What must be equal on all workers: packages, kind of device, this project's files."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "helpers").rglob("*.py")):
-        digest.update(path.read_bytes())
-    packages = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-    return {**{name: importlib.metadata.version(name).split("+")[0] for name in packages},
-            "devices of the kind": "GPU" if torch.cuda.is_available() else "CPU",
-            "this project's helpers": digest.hexdigest()[:12]}
+def end_with_stdin() -> None:
+    """End this process when the caller of its launcher closes the standard input, or is killed."""
+    def wait():
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun ends its workers upon it
+
+    if END_WITH_STDIN.items() <= os.environ.items():  # not where a person typed the command
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def main(argv: list[str]) -> int:
@@ -90,8 +86,7 @@ def main(argv: list[str]) -> int:
         first = subprocess.check_output(["scontrol", "show", "hostnames"], text=True).split()[0]
         task = os.environ["SLURM_PROCID"]
         argv = [w.replace("SLURM_PROCID", task).replace("SLURM_FIRST_HOST", first) for w in argv]
-    if os.environ.get("WORKBOOK_END_WITH_STDIN"):
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    end_with_stdin()
     options = torchrun.parse_args(argv)
     folder, at = Path(options.log_dir), f"{options.master_addr}:{options.master_port}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,23 +120,23 @@ def _failure(message: str, order: int = 0, traceback: str = "", when: float | No
 
 def _worker_failure(rank: int, failure: ProcessFailure) -> dict:
     """Why a worker ended, in a sentence."""
-    who, said, trace = f"The worker of rank {rank}", failure.message, ""
+    who, said = f"The worker of rank {rank}", failure.message
     who += f" on {HOST}" if HOST != "this host" else ""
     if isinstance(said, dict):  # from the error file that the worker's main wrote, under @record
-        text = said["message"].removeprefix("WorkbookError: ").rstrip(".")
-        if text == said["message"].rstrip("."):
-            trace = said["extraInfo"]["py_callstack"]
-        message, order = f"{who} failed: {text}", int(bool(re.search(BROKEN, text)))
-    elif failure.exitcode > 0:
-        message, order = f"{who} failed: it ended with exit code {failure.exitcode}", 1
-    else:
-        name = failure.signal_name()
-        why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
-               "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
-        message = (f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from "
-                   "its last checkpoint")
-        order = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)  # torchrun ends the others by SIGTERM
-    return _failure(message, order, trace, failure.timestamp)
+        text = said["message"].rstrip(".")
+        message = f"{who} failed: {text.removeprefix('WorkbookError: ')}"
+        trace = "" if text.startswith("WorkbookError: ") else said["extraInfo"]["py_callstack"]
+        return _failure(message, int(bool(re.search(BROKEN, text))), trace, failure.timestamp)
+    if failure.exitcode > 0:
+        message = f"{who} failed: it ended with exit code {failure.exitcode}"
+        return _failure(message, 1, when=failure.timestamp)
+    name = failure.signal_name()
+    why = {"SIGKILL": " (memory may have run out, or somebody ended it)",
+           "SIGABRT": f" (on GPUs NCCL does so after {GROUP_SECONDS} s of waiting for another)"}
+    message = (f"{who} was killed by {name}{why.get(name, '')}: resume the run to go on from its "
+               "last checkpoint")
+    order = {"SIGTERM": 2, "SIGABRT": 1}.get(name, 0)  # torchrun ends the others by SIGTERM
+    return _failure(message, order, when=failure.timestamp)
 
 
 def _prepare_host(options, folder: Path) -> None:
@@ -175,32 +170,6 @@ def _prepare_host(options, folder: Path) -> None:
                      if own in [entry.address for entry in entries])
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ[name] = (several and os.environ.get(name)) or interface
-
-
-def _compare(store: dist.Store, rank: int, world: int, mine: dict[str, str]) -> None:
-    """Wait until all have come; raise WorkbookError where this worker differs from rank 0."""
-    store.set(f"facts/{rank}", json.dumps({"host": HOST, **mine}))
-    store.wait([f"facts/{other}" for other in range(world)])
-    theirs = json.loads(store.get("facts/0"))
-    for name, value in mine.items():
-        if theirs.get(name) != value:
-            raise WorkbookError(f"{HOST} has {name} {value} and {theirs['host']}, where rank 0 "
-                                f"runs, has {theirs.get(name)}: every host needs the same project "
-                                "and versions (pip install -c constraints.txt).")
-
-
-def _end_with_stdin() -> None:
-    """End this launcher, and with it its workers, when its caller closes the standard input."""
-    while os.read(0, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)  # torchrun ends its workers upon it
-
-
-def _end_with_launcher(launcher: int) -> None:
-    """End this worker when its launcher has died."""
-    while os.getppid() == launcher:
-        time.sleep(1)
-    os._exit(1)
 
 
 if __name__ == "__main__":

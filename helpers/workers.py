@@ -1,8 +1,7 @@
 """Workers that train together: which command each host runs, and what is said when one fails.
 
-Each host runs one launcher: torchrun with its own options (helpers.worker_group), which starts one
-process a GPU, or processes that share the CPU's cores evenly. A worker that dies ends the group,
-and its own error reaches the caller. Resuming is a new launch, with a new name and port.
+Each host runs one launcher: torchrun (helpers.worker_group), which starts one process a GPU, or
+processes that share the CPU's cores evenly. Resuming is a new launch, with a new name and port.
 """
 
 import contextlib
@@ -23,12 +22,12 @@ import yaml
 
 from helpers import ROOT, WorkbookError, read_json
 
-JOIN_SECONDS = int(os.environ.get("WORKBOOK_JOIN_SECONDS") or 300)  # for all hosts to come together
+JOIN_SECONDS = 300  # for all hosts to come together
 GROUP_SECONDS = int(os.environ.get("WORKBOOK_GROUP_SECONDS") or 120)  # silence that ends a group
 PATIENCE = 15.0  # s that the others have to say why they ended, after the first has
 # Settings that go to every host.
-KEPT = ("WORKBOOK_CACHE", "WORKBOOK_DTYPE", "WORKBOOK_JOIN_SECONDS", "WORKBOOK_GROUP_SECONDS",
-        "HF_HOME", "HF_HUB_OFFLINE", "NCCL_DEBUG", "NCCL_NVLS_ENABLE", "TZ")
+KEPT = ("WORKBOOK_CACHE", "WORKBOOK_DTYPE", "WORKBOOK_GROUP_SECONDS", "HF_HOME", "HF_HUB_OFFLINE",
+        "NCCL_DEBUG", "NCCL_NVLS_ENABLE", "TZ")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5",
        "-o", "ServerAliveCountMax=3", "--")
 END_WITH_STDIN = {"WORKBOOK_END_WITH_STDIN": "1"}  # it closes when a launcher's caller is killed
@@ -38,10 +37,9 @@ CML_SIZE = {"cpu": 2, "memory": 16, "nvidia_gpu": 0}  # of one CML worker: cores
 
 @dataclass(frozen=True)
 class Launch:
-    """What one host runs: a launcher of `processes` workers whose ranks begin at `rank`."""
+    """What one host runs: a launcher of workers whose ranks begin at `rank`."""
 
     rank: int
-    processes: int
     host: str
     environment: dict[str, str]
     command: tuple[str, ...]
@@ -110,7 +108,7 @@ def plan(module: str, arguments: list[str], workers: int, log_dir: Path,
     paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
     shared |= {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     shared |= END_WITH_STDIN if place == "ssh" else {}
-    nodes, each, launches = workers if start else len(hosts), workers // len(hosts), []
+    nodes, launches = workers if start else len(hosts), []
     for node, host in enumerate(hosts):
         number = "SLURM_PROCID" if start else str(node)
         command = [*start, sys.executable, "-m", "helpers.worker_group", f"--nnodes={nodes}",
@@ -119,7 +117,8 @@ def plan(module: str, arguments: list[str], workers: int, log_dir: Path,
                    f"--log-dir={Path(log_dir, name, number)}", "--redirects=3", "--tee=0:1",
                    "-m", module, *map(str, arguments)]
         environment = shared | ({} if start else {"WORKBOOK_HOST": host})
-        launches.append(Launch(node * each, each, host, environment, tuple(command)))
+        rank = node * workers // len(hosts)
+        launches.append(Launch(rank, host, environment, tuple(command)))
     return Plan(workers, place, options, name, address, port, tuple(launches))
 
 
@@ -127,7 +126,7 @@ def launch(chosen: Plan, log_dir: Path) -> None:
     """Start the plan's workers, pass on what rank 0 prints, and wait for the end of all of them.
 
     Every rank's output is kept below ``log_dir/<plan's name>``. Raises WorkbookError that says
-    which worker failed first and why. No process outlives this call, nor the caller.
+    which worker failed first and why.
     """
     folder, running = Path(log_dir) / chosen.name, []
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,8 +203,8 @@ def _start(one: Launch, place: str, log: Path) -> subprocess.Popen:
 
 
 def _wait(running: list[subprocess.Popen], log: Path) -> int | None:
-    """Wait until all have ended, or one has failed and the others had time to notice; pass on what
-    rank 0 says. Returns the number of the first that failed."""
+    """Pass on what rank 0 says until all have ended, or one has failed and the others had time to
+    notice. Returns the number of the first that failed."""
     failed, deadline = None, float("inf")
     with log.open("rb") as lines:
         while True:

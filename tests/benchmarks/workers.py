@@ -43,7 +43,7 @@ def measure(out: str, asked: int, steps: int, rows: int, length: int, what: str,
     from helpers import base_models, worker_group
 
     cuda = torch.cuda.is_available()
-    with worker_group.group(asked, {"benchmark": f"{steps} {rows} {length} {what}"}):
+    with worker_group.group(asked):
         rank = int(os.environ.get("RANK", "0"))
         model = load(shape)
         device = next(model.parameters()).device
@@ -91,7 +91,7 @@ def measure_suite(out: str, asked: int, suite: str, base_model: str, shard: str 
 
     settings = suites.SUITES[suite]
     arguments = argparse.Namespace(suite=suite, base_model=base_model, **settings)
-    with worker_group.group(asked, {"benchmark": suite}):
+    with worker_group.group(asked):
         rows = suites.practice_rows("sql", "train", asked * settings["steps"] * settings["rows"] * settings["width"] // 60)
         chosen = suites.fastest(arguments)
         if suite == "llama70b":
