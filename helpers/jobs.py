@@ -266,7 +266,7 @@ COMMANDS = {"list": show_jobs, "run": run, "status": show_status, "check": check
 
 def _pairs(args: argparse.Namespace, *allowed: str) -> dict[str, str]:
     """The -p by name; of a command that is no job only the allowed ones. Raises WorkbookError."""
-    given = dict(pair.partition("=")[::2] for pair in args.pairs)
+    given = dict(pair.split("=", 1) for pair in args.pairs)
     if len(given) < len(args.pairs):
         raise WorkbookError("A parameter is given twice with -p: give it once.")
     for name in given if allowed else ():
@@ -278,8 +278,8 @@ def _pairs(args: argparse.Namespace, *allowed: str) -> dict[str, str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; words that begin with no command are those of `run`."""
-    words = sys.argv[1:] if argv is None else argv
-    command = words[0] if words and words[0] in COMMANDS else "run"
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words.pop(0) if words and words[0] in COMMANDS else "run"
     parser = argparse.ArgumentParser(
         prog=f"python -m helpers.jobs {command}", allow_abbrev=False,
         description=COMMANDS[command].__doc__,
@@ -310,7 +310,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--runs-dir", type=Path, metavar="DIR", help="where runs are kept (default: runs/)")
     add("--notebooks-dir", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(command=command, pairs=[])
-    args = parser.parse_intermixed_args(words[words[:1] == [command]:])
+    args = parser.parse_intermixed_args(words)
     if not all("=" in pair for pair in args.pairs):
         parser.error("-p takes name=value, such as -p rank=8")
     return args
