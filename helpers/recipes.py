@@ -114,8 +114,9 @@ class FineTuneConfig:
             raise WorkbookError(f"max_rows is {self.max_rows}: it must be at least 1, or -1 for "
                                 "all rows.")
         if self.patience and not self.validation_rows:
-            raise WorkbookError(f"patience is {self.patience}, and validation_rows is 0: raise "
-                                "validation_rows or leave patience out.")
+            raise WorkbookError(f"patience is {self.patience}, but validation_rows is 0, so there "
+                                "is no loss to wait for: raise validation_rows or leave patience "
+                                "out.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise WorkbookError(f"{name} is {getattr(self, name)!r}: use "
