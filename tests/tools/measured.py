@@ -50,20 +50,24 @@ def shipped() -> list[str]:
 def speed() -> list[str]:
     """A line per variant of the training benchmarks: the first of each file is what the others are compared with."""
     table = ["| benchmark | way to train | tokens/s, median [range] | ratio | runs |", "| --- | --- | ---: | ---: | ---: |"]
-    files = {name: json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8")) for name in ("training", "packed", "bloom")}
+    files = {name: json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8")) for name in ("training", "packed", "bloom", "llama8b", "qwen8b")}
     for found in files.values():
         for way, one in found["variants"].items():
             speeds = [run["tokens_per_second"] for run in one["runs"]]
             share = one.get("share_of_matrix_rate")
-            share = f"; {share:.0%} of the rate of float32 matrix products" if share else ""
-            table.append(f"| {found['arguments']['suite']}, {found['hardware']} | {way} | {one['median']:,.0f} "
-                         f"[{min(speeds):,.0f}, {max(speeds):,.0f}]{share} | x{one['ratio']:.2f} | {len(speeds)} |")
+            kind = "bfloat16" if "NVIDIA" in found["hardware"] else "float32"
+            share = f"; {share:.0%} of the rate of {kind} matrix products" if share else ""
+            memory = f", {one['runs'][0]['peak_gpu_gb']:.1f} GB" if found["arguments"]["suite"].endswith("8b") else ""
+            spread = f" [{min(speeds):,.0f}, {max(speeds):,.0f}]" if len(speeds) > 1 else ""
+            table.append(f"| {found['arguments']['suite']}, {found['hardware']} | {way}{memory} | {one['median']:,.0f}{spread}"
+                         f"{share} | x{one['ratio']:.2f} | {len(speeds)} |")
     unsloth = files["packed"]["variants"]["Unsloth"]["runs"][0]["versions"]
     return [*table, "", "Made by `python tests/benchmarks/training.py --suite …` and `python tests/tools/measured.py`: *rows* "
             "trains short rows of the SQL task on the embedded base model, *packed* 32 rows of 1,024 tokens a step on the "
-            "same, *bloom* 4 such rows on a model of bloom-1b1's shape. A ratio is to the first line of its benchmark. "
-            "*packed* and *bloom* ran side by side on two GPUs of one host, which may have slowed the lines that wait for "
-            f"Python (TRL's). Unsloth is release {unsloth['unsloth']} with torch {unsloth['torch']}, without xformers, its "
+            "same, *bloom* 4 such rows on a model of bloom-1b1's shape, *llama8b* and *qwen8b* 2 rows of 2,048 tokens on models of "
+            "Llama-3.1-8B's and Qwen3-8B's shapes in 4 bits, all weights random. A ratio is to the first line of its benchmark. "
+            "*packed* and *bloom*, and then *llama8b* and *qwen8b*, ran side by side on two GPUs of one host, which may have "
+            f"slowed the lines that wait for Python (TRL's). Unsloth is release {unsloth['unsloth']} with torch {unsloth['torch']}, without xformers, its "
             "activation checkpointing off."]
 
 
