@@ -172,8 +172,8 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None,
     if precision not in ("full", "4bit"):
         raise WorkbookError(f"precision is {precision!r}: it must be 'full' or '4bit'.")
     dtype = dtype or best_dtype()
-    devices = "auto" if spread else {"": torch.device(device or best_device())}
-    options = {"dtype": dtype, "device_map": devices}
+    options = {"dtype": dtype,
+               "device_map": "auto" if spread else {"": torch.device(device or best_device())}}
     if precision == "4bit":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -193,6 +193,12 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None,
                             "and that `make setup` has run.") from error
     finally:
         logging.enable_progress_bar()
+    _set_up(model)
+    return model.eval(), load_tokenizer(name)
+
+
+def _set_up(model) -> None:
+    """What this workbook changes in a loaded model."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else packed in eval mode, for a product that rounds scales and passes no gradient
@@ -201,7 +207,6 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None,
         from helpers.fast.bloom import use_fused_attention  # BLOOM's alone: not loaded for others
 
         use_fused_attention(model)
-    return model.eval(), load_tokenizer(name)
 
 
 def free(model) -> None:

@@ -44,7 +44,6 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
     Raises WorkbookError for bad data, a full disk, too little memory, or a folder of another run.
     """
     run_dir = Path(run_dir)
-    check_shard(config, world_size())
     check_fits(config, model)
     validation = _open_run(config, run_dir, world_size(), resume, validation)
     set_seed(config.seed)
@@ -137,6 +136,7 @@ def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool,
               validation: list[dict]) -> list[dict]:
     """Record recipe and validation rows in a new run's folder; on a resume compare the recipe.
     Returns the validation rows that the run began with. Raises WorkbookError."""
+    check_shard(config, workers)
     rows_file = data.source_file(config.task, config.data)
     settings = {**dataclasses.asdict(config), "workers": workers,
                 "base_revision": base_models.revision_of(config.base_model),
