@@ -4,10 +4,13 @@ import base64
 import io
 import os
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
+from PIL import Image
 
 from helpers import ROOT
 
@@ -56,3 +59,69 @@ def finish(figure, name: str, alt: str) -> Picture:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.png").write_bytes(buffer.getvalue())
     return Picture(buffer.getvalue(), alt)
+
+
+# The looks of a chooser; & is its own class. In print, or without inputs, no rule hides anything.
+LOOKS = """& {border: 1px solid #8888; border-radius: 6px; min-width: 0; position: relative}
+&>input {opacity: 0; position: absolute}
+&>label {border: 1px solid #8888; border-radius: 1em; cursor: pointer; display: inline-block;
+ margin: 2px; padding: 3px 10px 3px 7px}
+&>label::before {border: 1px solid; border-radius: 50%; content: ""; display: inline-block;
+ height: .6em; margin-right: .4em; width: .6em}
+&>:checked+label {border-color: currentColor; font-weight: bold}
+&>:checked+label::before {background: currentColor}
+&>:focus-visible+label {outline: 3px solid #56B4E9; outline-offset: 1px}
+&>div {display: flex; flex-wrap: wrap; gap: 0 8px; max-width: 420px}
+& p {margin: .5em 0 0}
+& p:last-child {flex-basis: 100%}
+& img {background: none; border-radius: 0; height: auto; image-rendering: pixelated;
+ max-width: 100%; padding: 0; vertical-align: top}
+"""
+HIDDEN = "&>input~div>b, &>input:nth-of-type({0}):not(:checked)~div:nth-of-type({0})"
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A figure with buttons, as a notebook output: HTML for the eye, alt text for nbval."""
+
+    html: str
+    alt: str
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/html": self.html, "text/plain": f"[figure] {self.alt}"}
+
+
+def pixels(array, scale: int, alt: str) -> str:
+    """An <img> of an array: a pixel for each number, 0 black and 1 white (a third axis: RGBA)."""
+    buffer, levels = io.BytesIO(), (np.clip(np.asarray(array), 0, 1) * 255).round().astype(np.uint8)
+    Image.fromarray(levels).save(buffer, "png", optimize=True)
+    height, width = (scale * length for length in levels.shape[:2])
+    return (f'<img alt="{escape(alt)}" width="{width}" height="{height}" '
+            f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+
+
+def choose(name: str, legend: str, states: dict, first: str, alt: str, scale: int = 5) -> Chooser:
+    """A figure whose reader chooses one of several states; it needs no kernel and no script.
+
+    name: unlike any other on the page. first: the state that is shown at first.
+    states: its label -> ({a picture's caption: an array from 0 to 1}, a text with the numbers).
+    scale: a number's width on the screen, in pixels. alt: as in `finish`.
+    Where styles or inputs are stripped, and in print, all states stand one below the other.
+    """
+    if first not in states:
+        raise ValueError(f"{name}: there is no state {first!r} to show at first")
+    key, buttons, shown = f"choose-{name}", [], []
+    for i, (label, (arrays, text)) in enumerate(states.items(), 1):
+        title, checked = f"{legend}: {label}", " checked" * (label == first)
+        buttons.append(f'<input type="radio" name="{key}" id="{key}-{i}"{checked}>'
+                       f'<label for="{key}-{i}">{escape(label)}</label>')
+        pictures = [f"<p>{pixels(array, scale, f'{title}. {caption}')}<br>{escape(caption)}</p>"
+                    for caption, array in arrays.items()]
+        shown.append(f"<div><b>{escape(title)}</b>{''.join(pictures)}<p>{escape(text)}</p></div>")
+    hidden = ", ".join(HIDDEN.format(i + 1) for i in range(len(states)))
+    style = f"{LOOKS}@media screen {{{hidden} {{display: none}}}}".replace("&", f".{key}")
+    # JupyterLab would take arrow keys and space for commands to the notebook.
+    return Chooser("\n".join([
+        f'<div role="figure" aria-label="{escape(alt)}"><style>{style}</style>',
+        f'<fieldset class="{key}" data-lm-suppress-shortcuts="true">',
+        f"<legend>{escape(legend)}</legend>", *buttons, *shown, "</fieldset></div>"]), alt)
