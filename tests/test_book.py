@@ -267,6 +267,44 @@ def test_a_solution_is_seen_after_a_click(browser, book):
         code.wait_for(state="visible", timeout=10_000)
 
 
+CHOICES = {"01_lora_from_scratch": ("4", "64"), "02_qlora_from_scratch": ("NF4, 64", "FP4, all"),
+           "03_tasks_and_data": ("packed", "padded")}  # the state that is shown at first, and one to press
+
+
+@pytest.mark.parametrize("size", (WIDE, PHONE), ids=("wide", "phone"))
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_figure_s_state_is_chosen_by_mouse_and_by_keyboard(browser, book, name, size):
+    said = []
+    with window(browser, said) as page:
+        page.set_viewport_size(size)
+        page.goto((book / "notebooks" / f"{name}.html").as_uri())
+        figure = page.locator("fieldset[class^=choose]")
+        labels, states = figure.locator("label").all_inner_texts(), figure.locator("> div")
+        first, pressed = CHOICES[name]
+
+        def seen() -> list[str]:
+            return [labels[i] for i in range(len(labels)) if states.nth(i).is_visible()]
+
+        assert seen() == [first]
+        figure.get_by_text(pressed, exact=True).click()
+        assert seen() == [pressed]
+        shown, beside = states.nth(labels.index(pressed)), labels[labels.index(pressed) + 1]
+        assert re.search(r"\d+(%| bits)", shown.inner_text()) and pressed not in shown.inner_text().splitlines()
+        assert shown.locator("img").first.evaluate("i => i.getBoundingClientRect().width") > 150
+        page.keyboard.press("ArrowRight")
+        assert seen() == [beside]
+        assert figure.locator(":focus-visible + label").evaluate("l => getComputedStyle(l).outlineStyle") == "solid"
+        page.keyboard.press("ArrowLeft")
+        assert seen() == [pressed]
+        assert figure.evaluate("f => f.scrollWidth <= f.clientWidth") and page.evaluate(TOO_WIDE) == ""
+        page.emulate_media(media="print")
+        assert seen() == labels
+        page.emulate_media(media="screen")
+        page.evaluate("document.querySelectorAll('fieldset[class^=choose] input').forEach(input => input.remove())")
+        assert seen() == labels and figure.locator("> div > b").first.is_visible()
+    assert said == []
+
+
 DARK = "<style>body {background: #fff} @media (prefers-color-scheme: dark) {body {background: #000}}</style>"
 ILL = {
     "an error": ("<script>undefined_name</script>", "console: undefined_name is not defined"),
