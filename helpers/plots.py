@@ -113,15 +113,16 @@ def choose(name: str, legend: str, states: dict, first: str, alt: str, scale: in
     key, buttons, shown = f"choose-{name}", [], []
     for i, (label, (arrays, text)) in enumerate(states.items(), 1):
         title, checked = f"{legend}: {label}", " checked" * (label == first)
-        buttons.append(f'<input type="radio" name="{key}" id="{key}-{i}"{checked}>'
+        # JupyterLab would take arrow keys for moves from cell to cell.
+        buttons.append(f'<input data-lm-suppress-shortcuts type="radio" name="{key}" '
+                       f'id="{key}-{i}"{checked}>'
                        f'<label for="{key}-{i}">{escape(label)}</label>')
         pictures = [f"<p>{pixels(array, scale, f'{title}. {caption}')}<br>{escape(caption)}</p>"
                     for caption, array in arrays.items()]
         shown.append(f"<div><b>{escape(title)}</b>{''.join(pictures)}<p>{escape(text)}</p></div>")
     hidden = ", ".join(HIDDEN.format(i + 1) for i in range(len(states)))
     style = f"{LOOKS}@media screen {{{hidden} {{display: none}}}}".replace("&", f".{key}")
-    # JupyterLab would take arrow keys and space for commands to the notebook.
     return Chooser("\n".join([
         f'<div role="figure" aria-label="{escape(alt)}"><style>{style}</style>',
-        f'<fieldset class="{key}" data-lm-suppress-shortcuts="true">',
-        f"<legend>{escape(legend)}</legend>", *buttons, *shown, "</fieldset></div>"]), alt)
+        f'<fieldset class="{key}"><legend>{escape(legend)}</legend>',
+        *buttons, *shown, "</fieldset></div>"]), alt)
