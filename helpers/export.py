@@ -60,7 +60,8 @@ Made from the adapter {name} (SHA-256 {sha256}), which was trained on {trained_o
 {base}, revision {revision}, licence {licence}.{warning} More is in export.json.
 """
 WARNINGS = {
-    "gguf-lora": " BASE.gguf is a GGUF file of that base model; in another precision answers differ.",
+    "gguf-lora": " BASE.gguf is a GGUF file of that base model; in another precision the "
+                 "answers differ.",
     "hub-folder": " vLLM fetches the base model from the hub: if its weights are not those of this "
                   "revision, answers differ a little.",
     "4bit": " The 4 bits are NF4. A merged model holds those weights, de-quantized; on other "
