@@ -101,10 +101,14 @@ def revision_of(name: str) -> str:
     return "sha256-" + sha256(min(folder.glob("*.safetensors")))[:12]
 
 
-def best_device() -> torch.device:
-    """This process's CUDA GPU, or the CPU (on a Mac too: nothing here was ever run on MPS)."""
+def best_device(precision: str = "full") -> torch.device:
+    """This process's CUDA GPU; else a Mac's (MPS: written, not run here), which bitsandbytes and
+    groups of workers do not know; else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if precision == "full" and alone and torch.backends.mps.is_available():
+        return torch.device("mps")
     return torch.device("cpu")
 
 
@@ -172,8 +176,8 @@ def load(name: str = EMBEDDED, precision: str = "full", device=None, dtype=None,
     if precision not in ("full", "4bit"):
         raise WorkbookError(f"precision is {precision!r}: it must be 'full' or '4bit'.")
     dtype = dtype or best_dtype()
-    options = {"dtype": dtype,
-               "device_map": "auto" if spread else {"": torch.device(device or best_device())}}
+    device = torch.device(device or best_device(precision))
+    options = {"dtype": dtype, "device_map": "auto" if spread else {"": device}}
     if precision == "4bit":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,

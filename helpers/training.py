@@ -257,7 +257,8 @@ def _arguments(config: FineTuneConfig, rows: int, run_dir: Path, evaluated: bool
         learning_rate=config.learning_rate, lr_scheduler_type=config.schedule,
         warmup_steps=0 if config.schedule == "constant" else steps // 20,
         optim="adamw_torch_fused" if fused else config.optimizer,
-        max_grad_norm=1.0, seed=config.seed, data_seed=config.seed, use_cpu=not cuda,
+        max_grad_norm=1.0, seed=config.seed, data_seed=config.seed,
+        use_cpu=base_models.best_device(config.precision).type == "cpu",
         bf16=False,  # compute_loss casts: accelerate's way also turns all logits into float32
         fp16=cuda and base_models.best_dtype() == torch.float16,
         gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length,

@@ -159,3 +159,12 @@ def test_the_computing_type_can_be_chosen(monkeypatch):
     for flags, dtype in (("flags: avx512f amx_bf16 amx_tile", torch.bfloat16), ("flags: avx2", torch.float32)):
         monkeypatch.setattr(base_models, "_cpuinfo", lambda flags=flags: flags)
         assert base_models.best_dtype() == dtype
+
+
+def test_a_macs_gpu_computes_in_full_precision_and_for_one_worker(monkeypatch):
+    """There is no Mac here: torch only says that it has one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [base_models.best_device(precision).type for precision in ("full", "4bit")] == ["mps", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert base_models.best_device().type == "cpu"
