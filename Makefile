@@ -32,7 +32,7 @@ run: setup
 	@$(PY) -m helpers.jobs run sql $(ARGS)
 
 # The everyday loop: lint and the unit tests named here, two files at a time. Which files of helpers/ it covers is not measured.
-QUICK := project size install data evaluation base_models practice api_drift
+QUICK := project size install data evaluation base_models practice api_drift plots
 check: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
 

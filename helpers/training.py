@@ -99,12 +99,16 @@ def target_modules(config: FineTuneConfig, model) -> list[str]:
 
 
 def train_on_workers(config: FineTuneConfig, run_dir: Path, workers: int, workers_on: str = "",
-                     resume: bool = False, validation: list[dict] = ()) -> dict:
+                     resume: bool = False, validation: list[dict] = (), model=None) -> dict:
     """`train` in a group of processes, here or where `workers_on` says (workers.read_place). Each
-    loads rows and base model for itself. Raises WorkbookError as `train` and `launch` do."""
+    loads rows and base model for itself. model: one of the caller's; where the weights are shared,
+    because a GPU cannot hold them, its memory is freed. Raises WorkbookError as `train` and
+    `launch` do."""
     run_dir = Path(run_dir).resolve()
     _open_run(config, run_dir, workers, resume, validation)
     base_models.fetch(config.base_model)  # once, before several workers ask for it
+    if config.shard and model:
+        base_models.free(model)
     logs = run_dir / "workers"
     launch(plan("helpers.training", [str(run_dir)], workers, logs, workers_on), logs)
     return read_json(run_dir / "trained" / METRICS)
