@@ -148,9 +148,9 @@ def merged_model(info: AdapterInfo, tensors: dict, base_model: str, precision: s
     if LORA_BIAS in info.extras and any(layer.bias is None for layer in layers):
         raise WorkbookError(f"The adapter in {info.folder} cannot be merged: it has biases, and "
                             f"{base_model} has none there. Use it beside its base model.")
-    adapted = PeftModel(model, lora_config(info))
+    adapted = PeftModel(model, lora_config(info), low_cpu_mem_usage=True)  # no random start values
     of_lora = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    set_peft_model_state_dict(adapted, of_lora)
+    set_peft_model_state_dict(adapted, of_lora, low_cpu_mem_usage=True)
     model = adapted.merge_and_unload()
     for place, parameter in info.replacements(tensors, model.get_parameter).items():
         module, _, name = place.rpartition(".")
