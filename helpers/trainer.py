@@ -214,7 +214,8 @@ class Progress(TrainerCallback):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise WorkbookError(f"Training has diverged: at step {state.global_step} the "
                                     f"{name} is {logs[name]}. Lower learning_rate (now "
-                                    f"{args.learning_rate:g}).")
+                                    f"{args.learning_rate:g}); if it is so from the first steps "
+                                    "on, the base model's weights may not be finite.")
         if not state.is_world_process_zero:
             return
         now, left = time.perf_counter(), state.max_steps - state.global_step

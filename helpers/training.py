@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def train(config: FineTuneConfig, rows: data.Rows, model, tokenizer, run_dir: Pa
                 save_trained(trainer.accelerator.unwrap_model(trainer.model), result, run_dir)
     except torch.OutOfMemoryError as error:
         raise WorkbookError(f"The GPU's memory is too small for batch_size={config.batch_size} and "
-                            f"max_length={config.max_length}: lower one of them.") from error
+                            f"max_length={config.max_length}: lower batch_size (and raise "
+                            "gradient_accumulation by the same factor), or lower max_length."
+                            ) from error
     finally:  # the caller gets its model back
         if config.compile:
             recorded.undo_compile(model)
@@ -132,8 +135,15 @@ def load_inputs(config: FineTuneConfig):
 
 
 def world_size() -> int:
-    """How many workers train."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    """How many workers train. Raises WorkbookError if WORLD_SIZE says more than one, but this
+    process is in no group: accelerate would wait for the others."""
+    if distributed.is_initialized():
+        return distributed.get_world_size()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise WorkbookError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but "
+                            "this process is in no group of workers: unset RANK and WORLD_SIZE, "
+                            "or start the workers with --workers.")
+    return 1
 
 
 def _open_run(config: FineTuneConfig, run_dir: Path, workers: int, resume: bool,

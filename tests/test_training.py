@@ -509,8 +509,12 @@ def test_a_run_is_resumed_with_the_rows_and_the_base_that_it_began_with(tiny, tm
 
 
 def test_what_another_launcher_left_in_the_environment(tiny, tmp_path, monkeypatch):
-    """RANK alone means nothing."""
+    """RANK alone means nothing; WORLD_SIZE without a group is one sentence, and nothing is half done."""
     chosen = config(tiny, precision="full", max_steps=2)
     monkeypatch.setenv("RANK", "1")
     train(chosen, tmp_path / "alone")
     assert (tmp_path / "alone" / "trained" / "adapter_model.safetensors").is_file()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(WorkbookError, match="WORLD_SIZE is 2 in the environment, but .* unset RANK"):
+        train(chosen, tmp_path / "two")
+    assert not (tmp_path / "two").exists()

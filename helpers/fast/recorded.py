@@ -62,7 +62,7 @@ class AveragedTrainer(CompletionTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = self.one_pass(model, inputs, num_items_in_batch)
         if distributed.is_initialized():
-            average([p.grad for p in model.parameters() if p.requires_grad])
+            average([p.grad for group in self.optimizer.param_groups for p in group["params"]])
         return loss
 
     def one_pass(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
