@@ -216,7 +216,8 @@ def make_trainer(config: FineTuneConfig, model, tokenizer, encoded: list[dict], 
     bfloat16 = torch.cuda.is_available() and base_models.best_dtype() == torch.bfloat16
     kind, summed = CompletionTrainer, summed_cross_entropy
     if config.compile:
-        recorded.compile_blocks(model, dynamic=not packed)
+        recorded.compile_blocks(model, dynamic=not packed,
+                                stored=0.0 if config.gradient_checkpointing else 0.9)
         summed = torch.compile(summed_cross_entropy, dynamic=not packed)
         if bfloat16 and recorded.records_steps(config, model.config.model_type):
             kind = recorded.RecordedTrainer
@@ -247,7 +248,7 @@ def _labelled(config: FineTuneConfig, encoded: list[dict]) -> list[dict]:
 
 def _with_lora(config: FineTuneConfig, model):
     model.requires_grad_(False)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and not config.compile:
         model.enable_input_require_grads()
     return get_peft_model(model, LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, bias="none",
@@ -275,7 +276,9 @@ def _arguments(config: FineTuneConfig, rows: int, run_dir: Path, evaluated: bool
         use_cpu=base_models.best_device(config.precision).type == "cpu",
         bf16=False,  # compute_loss casts: accelerate's way also turns all logits into float32
         fp16=cuda and base_models.best_dtype() == torch.float16,
-        gradient_checkpointing=config.gradient_checkpointing, max_length=config.max_length,
+        # Compiled blocks do it themselves, see compile_blocks.
+        gradient_checkpointing=config.gradient_checkpointing and not config.compile,
+        max_length=config.max_length,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         router_aux_loss_coef=0.0,  # frozen routers: its loss teaches nothing, and reads our masks
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step

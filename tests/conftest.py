@@ -32,6 +32,7 @@ def make_tiny(folder: Path, architecture: str = "llama", **changes) -> Path:
         LlamaConfig,
         MistralConfig,
         MptConfig,
+        Qwen3Config,
     )
 
     from helpers import base_models
@@ -43,6 +44,7 @@ def make_tiny(folder: Path, architecture: str = "llama", **changes) -> Path:
     config = {
         "llama": lambda: LlamaConfig(**llama, **tokens, **changes),
         "mistral": lambda: MistralConfig(**llama, **tokens, **changes),
+        "qwen3": lambda: Qwen3Config(**llama, head_dim=16, **tokens, **changes),
         "bloom": lambda: BloomConfig(vocab_size=size, hidden_size=64, n_layer=2, n_head=4, **tokens, **changes),
         "mpt": lambda: MptConfig(vocab_size=size, d_model=64, n_layers=2, n_heads=4, **tokens, **changes),
     }[architecture]()

@@ -147,9 +147,11 @@ def test_wrapped_rows_are_one_text_each_and_keep_every_token(architecture, reque
             assert trainer.completion_loss(model, batch).item() == pytest.approx(loss, abs=2e-6)
 
 
-def test_plain_causal_attention_leaves_masks_and_generation_as_they_were(tiny):
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_plain_causal_attention_leaves_masks_and_generation_as_they_were(architecture, tmp_path):
     """Only a batch with neither mask nor cache is changed, and it sees no future."""
-    model, tokenizer = base_models.load(str(tiny), dtype=torch.float32, device="cpu")
+    base = make_tiny(tmp_path / architecture, architecture)
+    model, tokenizer = base_models.load(str(base), dtype=torch.float32, device="cpu")
     ids = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0] * 5 + [1] * 11, [1] * 16])
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
@@ -188,9 +190,11 @@ def test_a_recorded_run_trains_all_modules_in_training_mode(tiny, tmp_path):
     assert seen == [{True}, {True}] and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_layers_that_see_a_window_keep_their_mask(tmp_path):
-    model, _ = base_models.load(str(make_tiny(tmp_path / "windowed", "mistral", sliding_window=8)), dtype=torch.float32,
-                                device="cpu")
+@pytest.mark.parametrize(("architecture", "changes"), [
+    ("mistral", {}), ("qwen3", {"use_sliding_window": True, "max_window_layers": 1})])
+def test_layers_that_see_a_window_keep_their_mask(architecture, changes, tmp_path):
+    base = make_tiny(tmp_path / "windowed", architecture, sliding_window=8, **changes)
+    model, _ = base_models.load(str(base), dtype=torch.float32, device="cpu")
     assert not attention.use_plain_causal_attention(model) and model.config._attn_implementation == "sdpa"
 
 
@@ -223,8 +227,39 @@ def test_steps_are_recorded_only_where_nothing_changes_between_them(tiny):
     assert recorded.records_steps(config(tiny, **good), "bloom")
     assert recorded.records_steps(config(tiny, **good | {"packing": "documents"}), "llama")
     for changes, kind in (({"packing": "none"}, "llama"), ({"packing": "documents"}, "bloom"), ({}, "mistral"),
-                          ({"gradient_accumulation": 2}, "llama"), ({"gradient_checkpointing": True}, "llama")):
+                          ({"gradient_accumulation": 2}, "llama")):
         assert not recorded.records_steps(config(tiny, **good | changes), kind), changes
+
+
+@pytest.mark.parametrize("architecture", ["tiny", "tiny_bloom"])
+def test_compiled_blocks_store_less_and_compute_the_same(architecture, request):
+    """Fewer activations wait for the backward pass: the bytes of all tensors that it is handed, without the weights."""
+    model, _ = base_models.load(str(request.getfixturevalue(architecture)), dtype=torch.float32, device="cpu")
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    ids = torch.randint(5, 100, (2, 64), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(64) < 62, -100)  # few logits
+    batch, stored, gradients = {"input_ids": ids, "labels": labels}, [], []
+    for share in (None, 0.9, 0.0):
+        torch._dynamo.reset()
+        if share is not None:
+            recorded.compile_blocks(model, stored=share)
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = trainer.completion_loss(model, batch)
+        model.zero_grad()
+        loss.backward()
+        stored.append(sum(size for place, size in kept.items() if place not in weights))
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert stored[0] > 1.2 * stored[1] > 1.4 * stored[2], stored
+    for one in gradients[1:]:
+        for a, b in zip(gradients[0], one, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
 
 
 def test_a_recording_gets_every_batch_and_hands_out_its_gradients(monkeypatch):

@@ -11,14 +11,17 @@ NAME = "causal_sdpa"  # under this name the attention is registered with transfo
 
 
 def use_plain_causal_attention(model) -> bool:
-    """Let a batch without a mask mean plain causal attention, in a Llama with torch's attention.
+    """Let a batch without a mask mean plain causal attention, in models with torch's attention.
 
     transformers would look into its positions for packed documents, which waits for the GPU in
     every step and cannot be recorded. An empty mask, (0, 0, 0, length), is passed through to
-    `_attend` instead. Returns whether the model was changed: only Llama, as other models find
-    positions in a mask, or the window that a layer sees.
+    `_attend` instead. Returns whether the model was changed: only Llama, and Qwen3 without sliding
+    windows, as other models find positions in a mask, or the window that a layer sees.
     """
-    if model.config.model_type != "llama" or model.config._attn_implementation != "sdpa":
+    config = model.config
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if (config.model_type not in ("llama", "qwen3") or windows
+            or config._attn_implementation != "sdpa"):
         return False
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
