@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 
@@ -134,10 +135,11 @@ def shares(model) -> tuple[float, float]:
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     every = adapted = packed = 0
     for name, module in model.named_modules():
-        for weight in module.parameters(recurse=False):
+        state = getattr(module, "quant_state", None)  # shared weights are packed in another type
+        for kind, weight in module.named_parameters(recurse=False):
             if module not in tables and "lora_" not in name:
-                in_4bit = weight.dtype == torch.uint8
-                numbers = weight.numel() * (1 + in_4bit)  # two a byte
+                in_4bit = state is not None and kind == "weight"
+                numbers = math.prod(state.shape) if in_4bit else weight.numel()
                 every += numbers
                 adapted += numbers * name.endswith(".base_layer")
                 packed += numbers * in_4bit

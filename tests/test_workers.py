@@ -361,7 +361,7 @@ def test_two_workers_compute_what_one_does_also_when_one_is_killed(tiny, tmp_pat
 
 @pytest.mark.parametrize(("base", "changes"), [
     ("tiny", {"precision": "4bit", "gradient_checkpointing": True, "gradient_accumulation": 2}), ("tiny_bloom", {})])
-def test_a_shared_base_model_trains_the_same_adapter(request, tmp_path, base, changes):
+def test_a_shared_base_model_trains_the_same_adapter(request, tmp_path, capfd, base, changes):
     """The rows differ in number from worker to worker, in the watched rows too; a gather that one worker lacks would hang."""
     chosen = config(request.getfixturevalue(base), max_steps=4, checkpoint_steps=2, **changes)
     watched, weights = data.load_rows("sql", "practice", "validation", 9).rows, []
@@ -371,6 +371,7 @@ def test_a_shared_base_model_trains_the_same_adapter(request, tmp_path, base, ch
     assert weights[0].keys() == weights[1].keys() and any(key.endswith("lora_B.weight") for key in weights[0])
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, atol=1e-4, rtol=1e-2)  # saved in bfloat16
+    assert "are in 4 bits" not in capfd.readouterr().out, "all of them are, packed or shared"
 
 
 def test_one_worker_has_nobody_to_share_with(tiny, tmp_path):
