@@ -66,7 +66,7 @@ def speed() -> list[str]:
             "trains short rows of the SQL task on the embedded base model, *packed* 32 rows of 1,024 tokens a step on the "
             "same, *bloom* 4 such rows on a model of bloom-1b1's shape, *llama8b* and *qwen8b* 2 rows of 2,048 tokens on models of "
             "Llama-3.1-8B's and Qwen3-8B's shapes in 4 bits, all weights random. A ratio is to the first line of its benchmark. "
-            "*packed* and *bloom*, and then *llama8b* and *qwen8b*, ran side by side on two GPUs of one host, which may have "
+            "*packed* and *bloom* ran side by side on two GPUs of one host, which may have "
             f"slowed the lines that wait for Python (TRL's). Unsloth is release {unsloth['unsloth']} with torch {unsloth['torch']}, without xformers, its "
             "activation checkpointing off."]
 
