@@ -132,4 +132,10 @@ _DEMANDS = (
     ("format", 'Answer only with "yes" or "no": can you see {topic}?',
      lambda text, word: text.strip(".!\"' ").lower() in ("yes", "no")),
     ("format", 'Describe {topic} as a JSON object with the key "name".', _json_with_name),
+    ("format", "Describe {topic} in exactly two paragraphs, with an empty line between them.",
+     lambda text, word: len(re.split(r"\n\s*\n", text)) == 2),
+    ("place", 'Describe {topic}. Begin with the word "Well".',
+     lambda text, word: re.match(r"Well\b", text) is not None),
+    ("place", 'Describe {topic}. End with the words "That is all."',
+     lambda text, word: text.endswith("That is all.")),
 )

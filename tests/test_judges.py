@@ -46,14 +46,17 @@ GOOD = {"Describe the sea in at most 12 words.": "Wide, blue and salty.",
         'List exactly three things about the sea. Begin every line with "- ".': "- wide\n- blue\n- salty",
         "Ask one question about the sea. Write nothing but the question.": "How deep is it?",
         'Answer only with "yes" or "no": can you see the sea?': "Yes.",
-        'Describe the sea as a JSON object with the key "name".': '{"name": "sea"}'}
+        'Describe the sea as a JSON object with the key "name".': '{"name": "sea"}',
+        "Describe the sea in exactly two paragraphs, with an empty line between them.": "It is wide.\n\nIt is blue.",
+        'Describe the sea. Begin with the word "Well".': "Well, it is wide.",
+        'Describe the sea. End with the words "That is all."': "It is wide. That is all."}
 BAD = ["", "word " * 13, "too short", "The SEA.", "the Sea", "The ocean.", "because of the zebra", "- one\n- two", "Why? How?",
-       "yes, I can", '["name"]']
+       "yes, I can", '["name"]', "It is wide.\nIt is blue.", "Wells are deep.", "That is all. Really."]
 
 
 def test_verifiable_instructions_are_strict():
     asked = {one.instruction: one for one in judges.verifiable_instructions()}
-    assert len(asked) == 80, "every instruction is its own"
+    assert len(asked) == 104, "every instruction is its own"
     for (instruction, good), bad in zip(GOOD.items(), BAD[1:], strict=True):
         assert asked[instruction].passes(good), instruction
         assert not asked[instruction].passes(bad), (instruction, bad)
