@@ -10,7 +10,6 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from torch.nn.functional import linear
 
 from helpers import WorkbookError, base_models, is_text, probe
 from helpers.adapter_files import AdapterInfo, read_tensors
@@ -224,15 +223,13 @@ class AdapterBank:
                     raise WorkbookError(f"The adapter {name} cannot share a batch with others, as "
                                         f"it is no plain LoRA ({', '.join(info.extras)}): ask it "
                                         "alone.")
-            head = self.model.get_output_embeddings()
             self._put("__base__")
             try:
                 for layer in self._layers:
                     layer.forward = _mixed_forward(layer, rows)
-                head.forward = _few_rows(head)
                 yield self.model
             finally:
-                for layer in (*self._layers, head):
+                for layer in self._layers:
                     vars(layer).pop("forward", None)
                 self._put(self.key(self.active))
 
@@ -296,10 +293,10 @@ def _key(name: str) -> str:
 
 def _mixed_forward(layer: LoraLayer, rows: list[str]):
     """A layer's forward for a batch; rows: PEFT's name of each row's adapter."""
-    base = _few_rows(layer.base_layer)
+    base = layer.base_layer
     keys = [key for key in dict.fromkeys(rows) if key in layer.lora_A]
     if not keys:
-        return base
+        return lambda x: base(x)  # a module would become a part of the layer
     a = torch.cat([layer.lora_A[key].weight for key in keys])  # [sum of ranks, in]
     b = torch.cat([layer.lora_B[key].weight.T * layer.scaling[key] for key in keys])
     masks = [torch.tensor([float(row == key) for row in rows]).expand(layer.r[key], -1)
@@ -313,24 +310,9 @@ def _mixed_forward(layer: LoraLayer, rows: list[str]):
             raise WorkbookError("A mixed batch cannot be run on this base model: a layer of it is "
                                 "given tokens without their rows. Ask one adapter at a time.")
         inner = (x.to(a.dtype) @ a.T).reshape(len(rows), -1, a.shape[0]) * mask
+        if result.dtype == b.dtype and not result.requires_grad:  # in place: a copy less
+            result.view(-1, b.shape[1]).addmm_(inner.view(-1, a.shape[0]), b)
+            return result
         return result + (inner @ b).reshape(result.shape).to(result.dtype)
-
-    return forward
-
-
-def _few_rows(layer):
-    """A layer's forward; for a float32 linear layer on a CPU, one that is faster for 2 to 16 rows:
-    MKL takes ``(W @ x.T).T`` in half the time of ``x @ W.T`` (AVX2, torch 2.13)."""
-    weight, bias = layer.weight, layer.bias
-    known = type(layer) is torch.nn.Linear and weight.dtype == torch.float32
-    if not known or weight.device.type != "cpu":
-        return layer.forward  # of a 4-bit layer, for instance
-
-    def forward(x):
-        rows = x.reshape(-1, x.shape[-1])
-        if not 1 < len(rows) <= 16:
-            return linear(x, weight, bias)
-        result = (weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
-        return result if bias is None else result + bias
 
     return forward

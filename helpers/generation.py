@@ -11,6 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from helpers import check_numbers
 from helpers.data import prompt_ids
+from helpers.fast.writing import quick
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,11 @@ def write_batch(model, tokenizer, prompts: list[str] | list[list[int]], stop_tex
     ends = end_ids(model, tokenizer)
     pad, width = tokenizer.pad_token_id, batch["input_ids"].shape[1]
     watch = _Watch(tokenizer, width, stop_text, on_text, halt)
-    with torch.inference_mode():
+    options = {"pad_token_id": pad, "eos_token_id": sorted(ends) or None, **options}
+    with torch.inference_mode(), quick(model, options["pad_token_id"], options.get("num_beams", 1)):
         output = model.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            stopping_criteria=StoppingCriteriaList([watch]),
-            **{"pad_token_id": pad, "eos_token_id": sorted(ends) or None, **options})
+            stopping_criteria=StoppingCriteriaList([watch]), **options)
     seconds, answers = time.perf_counter() - watch.start, []
     for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True):
         tokens = next((i for i, token in enumerate(row) if token in ends | {pad}), len(row))

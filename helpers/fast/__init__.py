@@ -1,1 +1,1 @@
-"""Speed, used on request only: packed rows, compiled blocks, a recorded step, BLOOM's attention."""
+"""Speed: answers on a CPU; on request packed rows, compiled blocks, a recorded step, BLOOM."""
