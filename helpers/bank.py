@@ -17,6 +17,7 @@ from helpers.adapter_layers import DORA, LORA_BIAS, PREFIX
 from helpers.data import prompt_ids
 from helpers.generation import Answer, Settings, write_batch
 from helpers.registry import EMBEDDED
+from helpers.sql_databases import query_runs
 
 GREEDY = Settings()
 PARTS = (  # of a layer in PEFT: where a tensor of the file belongs
@@ -267,7 +268,7 @@ class AdapterBank:
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
             answers = write_batch(self.model, self.tokenizer, prompts, stop_text, tell, stop,
-                                  **settings.options())
+                                  query_runs if settings.beams > 1 else None, **settings.options())
         if on_text:
             on_text([answer.text for answer in answers])
         return [replace(answer, adapter=name, swap_seconds=swap_seconds)

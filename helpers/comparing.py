@@ -14,6 +14,7 @@ from helpers.data import Collator, encode
 from helpers.generation import generate
 from helpers.registry import EMBEDDED
 from helpers.scoring import estimate, score, summarise, undecidable
+from helpers.sql_databases import query_runs
 from helpers.tasks import Task, get_task
 
 CHAT = "base, own chat template"
@@ -26,11 +27,12 @@ BASELINES = {"detox": {
 
 
 def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=None, seed: int = 0,
-            only: tuple[str, ...] = ()) -> dict[str, dict]:
+            only: tuple[str, ...] = (), beams: int = 1) -> dict[str, dict]:
     """Every system on the same rows: base, base in its own chat, adapter, and the task's baselines.
 
     model: a peft model (its active adapter is the one judged). progress: called with (system,
-    prompts done). only: of the systems that generate, those named (default: all).
+    prompts done). only: of the systems that generate, those named (default: all). beams: more than
+    one for SQL: the adapter again, with the first of so many beams whose query runs.
     Returns for every system ``{"answers": [...], "scores": [{metric: number}, ...], "metrics":
     {metric: Estimate}, "undecidable": number of rows that a metric leaves out}``.
     """
@@ -41,6 +43,11 @@ def compare(task: Task, model, tokenizer, rows: list[dict[str, str]], progress=N
     for system, texts in _generate_as(task, model, tokenizer, prompts, progress).items():
         read = chat_answer if system == CHAT else Task.answer
         answers[system] = [read(task, text) for text in texts]
+    if beams > 1 and task.metric == "execution":
+        texts = generate(model, tokenizer, prompts["adapter"], task.max_new_tokens,
+                         num_beams=beams, accept=query_runs,
+                         progress=progress and functools.partial(progress, f"{beams} beams"))
+        answers[f"adapter, {beams} beams"] = [task.answer(text) for text in texts]
     for system, answer in BASELINES.get(task.name, {}).items():
         answers[system] = [answer(row) for row in rows]
     systems = {system: {"answers": given, "scores": score(task, given, rows)}
@@ -120,7 +127,7 @@ def check_parameters(parameters: dict) -> None:
         raise WorkbookError(f"The adapter {info.name} does not say what task it is for: give one "
                             "with -p task=sql.")
     get_task(parameters.get("task") or info.task)
-    for name in ("eval_rows", "instructions"):
+    for name in ("eval_rows", "instructions", "beams"):
         if parameters[name] < 1:
             raise WorkbookError(f"{name} is {parameters[name]}: it must be at least 1.")
     if parameters.get("tried") and not os.path.isdir(parameters["tried"]):

@@ -18,7 +18,8 @@ from helpers.fast.writing import quick
 class Settings:
     """How an answer is generated: greedily, unless `sample`.
 
-    top_k: 0 is off; beams: of a beam search (1: none); repetition_penalty: Keskar et al. 2019,
+    top_k: 0 is off; beams: of a beam search (1: none), of which SQL takes the first whose query
+    runs; repetition_penalty: Keskar et al. 2019,
     arXiv:1909.05858, section 4.1 (1: none); stop: text that ends an answer ("": none does).
     """
 
@@ -99,12 +100,14 @@ def generate(model, tokenizer, prompts: list[str] | list[list[int]], max_new_tok
 
 def write_batch(model, tokenizer, prompts: list[str] | list[list[int]], stop_text: str = "",
                 on_text: Callable[[list[str]], None] | None = None,
-                halt: threading.Event | None = None, **options) -> list[Answer]:
+                halt: threading.Event | None = None,
+                accept: Callable[[str, str], bool] | None = None, **options) -> list[Answer]:
     """Complete prompts in one batch, padded on the left.
 
     A row ends at one of `end_ids`, or at `stop_text` after something that is not blank; all end
-    when `halt` is set. on_text: called with all rows' texts so far after each token. options: of
-    transformers' generate.
+    when `halt` is set. on_text: called with all rows' texts so far after each token. accept: given
+    a prompt and a text; of a prompt's beams the most probable that it accepts is the answer, or
+    the most probable. options: of transformers' generate.
     """
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     batch = tokenizer.pad({"input_ids": asked}, padding_side="left", return_attention_mask=True,
@@ -113,14 +116,22 @@ def write_batch(model, tokenizer, prompts: list[str] | list[list[int]], stop_tex
     pad, width = tokenizer.pad_token_id, batch["input_ids"].shape[1]
     watch = _Watch(tokenizer, width, stop_text, on_text, halt)
     options = {"pad_token_id": pad, "eos_token_id": sorted(ends) or None, **options}
-    with torch.inference_mode(), quick(model, options["pad_token_id"], options.get("num_beams", 1)):
+    beams = options.get("num_beams", 1)
+    if accept:
+        options["num_return_sequences"] = beams
+    with torch.inference_mode(), quick(model, options["pad_token_id"], beams):
         output = model.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
             stopping_criteria=StoppingCriteriaList([watch]), **options)
-    seconds, answers = time.perf_counter() - watch.start, []
-    for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True):
+    seconds, answers, written = time.perf_counter() - watch.start, [], []
+    for row in output[:, width:].tolist():
         tokens = next((i for i, token in enumerate(row) if token in ends | {pad}), len(row))
-        text = tokenizer.decode(row[:tokens], skip_special_tokens=True)
+        written.append((tokenizer.decode(row[:tokens], skip_special_tokens=True), tokens))
+    each = len(written) // len(prompts)
+    for i, prompt in enumerate(prompts):
+        found = written[i * each:(i + 1) * each]
+        good = (one for one in found if accept and accept(prompt, one[0]))
+        text, tokens = next(good, found[0])
         answers.append(Answer(None, prompt, text, tokens, 0.0, watch.first_seconds, seconds,
                               watch.stopped))
     return answers

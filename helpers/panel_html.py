@@ -43,7 +43,7 @@ NUMBERS = {  # setting: (its label, lowest, highest, step, tooltip)
     "temperature": ("Temperature", 0.05, 5, 0.05, "below 1: sharper; above 1: flatter"),
     "top_p": ("Top-p", 0.05, 1, 0.05, "draw from the likeliest tokens that sum to p"),
     "top_k": ("Top-k (0: off)", 0, 1000, 1, "draw from the k likeliest tokens"),
-    "beams": ("Beams", 1, 8, 1, "beam search; shows its end only"),
+    "beams": ("Beams", 1, 8, 1, "beam search; shows its end only; of SQL the first beam that runs"),
     "repetition_penalty": ("Repetition penalty", 0.5, 2, 0.05, "1: none"),
     "seed": ("Seed", 0, 2**31 - 1, 1, "of the draws"),
 }

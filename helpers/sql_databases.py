@@ -12,6 +12,7 @@ from functools import lru_cache
 from sqlglot import exp
 
 from helpers.sql_queries import Columns, conditions, parse
+from helpers.tasks import TASKS
 
 READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
                    sqlite3.SQLITE_RECURSIVE})
@@ -83,6 +84,21 @@ def run_sql(connection: sqlite3.Connection, query: str, seconds: float = 1.0, ma
         if cursor.description is None:
             raise sqlite3.ProgrammingError("the text is not a query")
         return [column[0] for column in cursor.description], cursor.fetchmany(max_rows)
+
+
+def query_runs(prompt: str, text: str) -> bool:
+    """Whether an answer runs on a small database with the tables of its prompt, as in
+    execution-guided decoding (Wang and others, arXiv:1807.03100). True where no SQL was asked."""
+    for task in TASKS.values():
+        row = task.row(prompt) if task.metric == "execution" else None
+        try:
+            if row:
+                [connection] = fill_databases(row["context"], [], 1)
+                with contextlib.closing(connection):
+                    run_sql(connection, task.answer(text), max_rows=1)
+        except sqlite3.Error:
+            return False
+    return True
 
 
 @lru_cache(maxsize=1024)

@@ -69,6 +69,13 @@ class Task:
                 lines.append(line.format(**values))
         return "".join(lines)
 
+    def row(self, prompt: str) -> dict[str, str] | None:
+        """The columns that a prompt shows; None if it is not one of this task."""
+        pattern = "".join(re.escape(text) + (f"(?P<{name}>.*)" if name else "")
+                          for text, name, _, _ in string.Formatter().parse(self.template))
+        found = re.fullmatch(pattern, prompt, re.DOTALL)
+        return found and found.groupdict()
+
     def completion(self, row: dict[str, str]) -> str:
         """The text that the model must write after the prompt, without the end-of-text token."""
         return self._value(row, self.target).strip()

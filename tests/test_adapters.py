@@ -1,11 +1,13 @@
 """Adapters: a bad folder is refused in one sentence; swapping is a flip that gives PEFT's own logits, bit for bit."""
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import struct
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -788,6 +790,34 @@ def test_beams_show_their_end_and_stop_text_cuts(bank):
     mark = free.text.strip()[3]
     cut = bank.generate(PROMPT, "instruct", adapters.Settings(max_new_tokens=30, stop=mark))
     assert mark in cut.text and cut.tokens < free.tokens and free.text.startswith(cut.text)
+
+
+def test_of_beams_the_first_that_is_accepted_is_the_answer(bank):
+    from helpers.generation import write_batch
+
+    bank.swap("sql")
+    prompts, seen = [PROMPT, "x"], []
+
+    def answers(accept):
+        return write_batch(bank.model, bank.tokenizer, prompts, accept=accept, max_new_tokens=6, num_beams=3, do_sample=False)
+
+    best = answers(None)
+    refused = answers(lambda prompt, text: seen.append((prompt, text)))
+    assert refused == [dataclasses.replace(one, seconds=ANY, first_token_seconds=ANY) for one in best], "none is accepted"
+    for i, prompt in enumerate(prompts):
+        beams = [text for asked, text in seen if asked == prompt]
+        assert len(beams) == len(set(beams)) == 3 and beams[0] == best[i].text
+        third = answers(lambda prompt, text, beams=beams: text == beams[2])[i]
+        assert third.text == beams[2] and third.tokens == len(bank.tokenizer(third.text)["input_ids"])
+
+
+def test_a_banks_beams_are_asked_whether_their_query_runs(bank, monkeypatch):
+    asked = []
+    monkeypatch.setattr("helpers.bank.query_runs", lambda prompt, text: asked.append(prompt))
+    bank.generate(PROMPT, "sql", adapters.Settings(max_new_tokens=4, beams=2))
+    assert asked == [PROMPT] * 2
+    bank.generate(PROMPT, "sql", adapters.Settings(max_new_tokens=4))
+    assert asked == [PROMPT] * 2
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 9])

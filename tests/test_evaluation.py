@@ -9,7 +9,7 @@ import pytest
 from make_practice import practice_rows
 
 from helpers import evaluation as ev
-from helpers import sql_queries, sql_scoring, tasks
+from helpers import sql_databases, sql_queries, sql_scoring, tasks
 
 CONTEXT = "CREATE TABLE people (name VARCHAR, age INTEGER, city VARCHAR)"
 REFERENCE = "SELECT name FROM people WHERE age > 30 AND city = 'Rome'"
@@ -303,3 +303,31 @@ def test_generation_keeps_order_stops_and_does_not_depend_on_padding():
     assert "\n" in ev.generate(model, tokenizer, ["Line one\nLine two\nLine"], 30)[0]
     stopped = ev.generate(model, tokenizer, ["Line one\nLine two\nLine"], 30, stop="\n")[0]
     assert stopped.rstrip().count("\n") == 0 and len(stopped) > 1
+
+
+TABLES = "CREATE TABLE boats (name VARCHAR, length INTEGER); CREATE TABLE crews (boat VARCHAR, \"size of\" INTEGER)"
+
+
+@pytest.mark.parametrize(("text", "runs"), [
+    ("SELECT name FROM boats WHERE length > 3", True), ("SELECT name FROM boats\nand more", True), ("SELECT nme FROM boats", False),
+    ('SELECT "size of" FROM crews JOIN boats ON boat = name', True), ("SELECT name FROM crews", False), ("", False),
+    ("DROP TABLE boats", False), ("a boat", False)])
+def test_a_query_runs_on_the_tables_of_its_prompt_or_not(text, runs):
+    prompt = tasks.get_task("sql").prompt({"context": TABLES, "question": "Which boats?\n<SQL>: none"})
+    assert sql_databases.query_runs(prompt, text) is runs
+
+
+def test_an_answer_to_no_sql_prompt_is_taken_as_it_is():
+    assert sql_databases.query_runs("Say it politely: ", "SELECT nothing")
+    broken = tasks.get_task("sql").prompt({"context": "no tables", "question": "Which?"})
+    assert not sql_databases.query_runs(broken, "SELECT 1")
+
+
+@pytest.mark.parametrize("name", ["sql", "detox", "instruct"])
+def test_a_prompt_is_read_back(name):
+    task = tasks.get_task(name)
+    for row in practice_rows(name, "validation", 20):
+        read = task.row(task.prompt(row))
+        whole = all(row.get(column) for column in task.columns)  # else a line is left out
+        assert read == ({column: row[column] for column in task.columns} if whole else None)
+        assert task.row("x" + task.prompt(row)) is None

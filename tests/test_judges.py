@@ -117,6 +117,13 @@ def test_every_system_answers_the_same_rows(adapted):
         assert scores["joint"] == pytest.approx(scores["style"] * max(scores["similarity"], 0) * scores["fluency"])
 
 
+def test_beams_are_a_system_of_their_own_where_queries_run(adapted):
+    _, model, tokenizer = adapted
+    found = [set(evaluation.compare(tasks.get_task(name), model, tokenizer, practice_rows(name, "validation", 2), only=("adapter",),
+                                    beams=2)) - {"adapter"} for name in ("sql", "instruct")]
+    assert found == [{"adapter, 2 beams"}, set()]
+
+
 def test_a_chat_answer_is_read_fairly():
     sql = tasks.get_task("sql")
     assert evaluation.chat_answer(sql, "Here it is:\n```sql\nSELECT a\nFROM t\n```\nIt works.") == "SELECT a FROM t"
