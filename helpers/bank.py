@@ -123,7 +123,7 @@ class AdapterBank:
             self.model = PeftModel(base, config, key, low_cpu_mem_usage=True).eval()
         else:
             self.model.peft_config[key] = config
-            with init_empty_weights():
+            with init_empty_weights(), _others_hidden(self._layers):
                 for name in modules:
                     parent, _, last = name.rpartition(".")
                     self.model.base_model._create_and_replace(
@@ -283,6 +283,22 @@ def lora_config(info: AdapterInfo) -> LoraConfig:
                       rank_pattern=patterns[0], alpha_pattern=patterns[1],
                       use_dora=DORA in info.extras, lora_bias=LORA_BIAS in info.extras,
                       task_type="CAUSAL_LM", target_modules=list(info.modules), inference_mode=True)
+
+
+@contextmanager
+def _others_hidden(layers: list[LoraLayer]):
+    """For a with block: the layers seem to have no adapter yet. PEFT 0.21 looks at all of a layer's
+    adapters when it gets one more, so the 300th would take seven times as long as the third."""
+    parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    before = [(part, part._modules) for part in parts if isinstance(part, torch.nn.ModuleDict)]
+    for part, _ in before:
+        part._modules = {}
+    try:
+        yield
+    finally:
+        for part, others in before:
+            others.update(part._modules)
+            part._modules = others
 
 
 def _key(name: str) -> str:

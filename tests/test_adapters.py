@@ -1,5 +1,6 @@
 """Adapters: a bad folder is refused in one sentence; swapping is a flip that gives PEFT's own logits, bit for bit."""
 
+import cProfile
 import dataclasses
 import json
 import os
@@ -898,3 +899,15 @@ def test_the_swap_benchmark_measures_every_way(tiny, tmp_path, capsys):
     assert result["swap"]["bank_swap"]["p50_ms"] < result["swap"]["peft_set_adapter"]["p50_ms"]
     assert result["mixed_batch"]["mixed_over_one"] > 0
     assert swap.main(["--base", str(tiny), "--rounds", "1"]) == 1 and "say --random" in capsys.readouterr().err
+
+
+def test_an_adapter_loads_like_the_first_ones_however_many_are_there(tiny, shelf):
+    """Calls of Python's functions, which unlike times are the same on every machine."""
+    bank = adapters.AdapterBank(str(tiny))
+    info, calls = infos(tiny, shelf)[0], []
+    for number in range(30):
+        profile = cProfile.Profile()
+        with profile:
+            bank.load(dataclasses.replace(info, name=f"copy-{number}"))
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert calls[29] < 1.15 * calls[2], calls
