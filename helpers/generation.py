@@ -19,8 +19,8 @@ class Settings:
     """How an answer is generated: greedily, unless `sample`.
 
     top_k: 0 is off; beams: of a beam search (1: none), of which SQL takes the first whose query
-    runs; repetition_penalty: Keskar et al. 2019,
-    arXiv:1909.05858, section 4.1 (1: none); stop: text that ends an answer ("": none does).
+    runs; repetition_penalty: Keskar et al. 2019, arXiv:1909.05858, section 4.1 (1: none);
+    stop: text that ends an answer ("": none does).
     """
 
     max_new_tokens: int = 64

@@ -92,7 +92,7 @@ def query_runs(prompt: str, text: str) -> bool:
     for task in TASKS.values():
         row = task.row(prompt) if task.metric == "execution" else None
         try:
-            if row:
+            if row and "context" in row:  # else its tables are not in the prompt
                 [connection] = fill_databases(row["context"], [], 1)
                 with contextlib.closing(connection):
                     run_sql(connection, task.answer(text), max_rows=1)

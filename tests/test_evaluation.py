@@ -323,6 +323,13 @@ def test_an_answer_to_no_sql_prompt_is_taken_as_it_is():
     assert not sql_databases.query_runs(broken, "SELECT 1")
 
 
+def test_a_prompt_without_its_tables_takes_the_answer_as_it_is(monkeypatch):
+    task = tasks.Task(name="bare", title="SQL without tables", columns=("question",), target="answer", template="Ask: {question}\n",
+                      metric="execution")
+    monkeypatch.setitem(tasks.TASKS, "bare", task)
+    assert sql_databases.query_runs(task.prompt({"question": "Which?"}), "SELECT nothing")
+
+
 @pytest.mark.parametrize("name", ["sql", "detox", "instruct"])
 def test_a_prompt_is_read_back(name):
     task = tasks.get_task(name)

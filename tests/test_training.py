@@ -16,6 +16,7 @@ from conftest import make_tiny
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch._functorch import config as functorch_config
 
 from helpers import WorkbookError, base_models, data, publishing, recipes, tasks, trainer, training
 from helpers.fast import attention, packing, recorded
@@ -257,6 +258,9 @@ def test_compiled_blocks_store_less_and_compute_the_same(architecture, request):
         stored.append(sum(size for place, size in kept.items() if place not in weights))
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert stored[0] > 1.2 * stored[1] > 1.4 * stored[2], stored
+    assert functorch_config.activation_memory_budget == 0
+    recorded.undo_compile(model)
+    assert functorch_config.activation_memory_budget == 1, "a caller's own torch.compile stores as before"
     for one in gradients[1:]:
         for a, b in zip(gradients[0], one, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)

@@ -43,7 +43,8 @@ def compile_blocks(model, dynamic: bool = False, stored: float = 0.9) -> None:
 
 
 def undo_compile(model) -> None:
-    """Blocks run as they did before `compile_blocks`."""
+    """Blocks run as they did before `compile_blocks`, and torch stores what it does by default."""
+    functorch_config.activation_memory_budget = 1.0
     for block in transformer_blocks(model):
         block._compiled_call_impl = None
 
