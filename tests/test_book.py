@@ -114,6 +114,11 @@ def test_no_link_is_broken_no_file_comes_from_elsewhere_and_every_picture_is_des
     assert not [page.path.name for page in pages if NO_ALT in page.text]
 
 
+def test_a_table_is_a_table_in_outputs_too(book):
+    assert not [page.name for page in pages_of(book) if "<p>|" in page.read_text(encoding="utf-8")]
+    assert "<table" in Html(book / "notebooks" / "05_evaluate.html").text
+
+
 def test_every_figure_has_the_description_that_its_notebook_stores(book):
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -14,6 +14,7 @@ nb_execution_mode = "off"  # the committed outputs are shown
 nb_ipywidgets_js = {}  # no scripts of widgets: a widget's static picture is shown
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # a table in an output is a table: commonmark has none
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath"]
